@@ -1,0 +1,80 @@
+"""ferrum: Qwen3-MoE language models inside a Python process.
+
+    from ferrum import LLM, SamplingParams
+
+    with LLM() as llm:
+        for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64, seed=1)):
+            print(piece.text, end="", flush=True)
+
+`import ferrum` loads nothing heavy: every name below is imported at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # type checkers take it as true; the typing module is half of the import time
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "ferrum.llm",
+    "Stream": "ferrum.llm",
+    "Piece": "ferrum.llm",
+    "Completion": "ferrum.llm",
+    "SamplingParams": "ferrum.sampling",
+    "EngineOptions": "ferrum.options",
+    "GGUFFile": "ferrum.gguf_file",
+    "Tokenizer": "ferrum.tokenizer",
+    "IncrementalDetokenizer": "ferrum.tokenizer",
+    "Engine": "ferrum_native._native",
+    "FerrumError": "ferrum.errors",
+    "ModelFileError": "ferrum.errors",
+    "UnsupportedModelError": "ferrum.errors",
+    "KVPoolExhausted": "ferrum.errors",
+    "ContextFull": "ferrum.errors",
+    "UnknownSequence": "ferrum.errors",
+    "LogitRowsExceeded": "ferrum.errors",
+    "StaleLogits": "ferrum.errors",
+    "Cancelled": "ferrum.errors",
+    "EngineClosed": "ferrum.errors",
+    "DeviceError": "ferrum.errors",
+    "OutOfMemory": "ferrum.errors",
+    "OptionError": "ferrum.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from ferrum.errors import (
+        Cancelled as Cancelled,
+        ContextFull as ContextFull,
+        DeviceError as DeviceError,
+        EngineClosed as EngineClosed,
+        FerrumError as FerrumError,
+        KVPoolExhausted as KVPoolExhausted,
+        LogitRowsExceeded as LogitRowsExceeded,
+        ModelFileError as ModelFileError,
+        OptionError as OptionError,
+        OutOfMemory as OutOfMemory,
+        StaleLogits as StaleLogits,
+        UnknownSequence as UnknownSequence,
+        UnsupportedModelError as UnsupportedModelError,
+    )
+    from ferrum.gguf_file import GGUFFile as GGUFFile
+    from ferrum.llm import LLM as LLM, Completion as Completion, Piece as Piece, Stream as Stream
+    from ferrum.options import EngineOptions as EngineOptions
+    from ferrum.sampling import SamplingParams as SamplingParams
+    from ferrum.tokenizer import IncrementalDetokenizer as IncrementalDetokenizer, Tokenizer as Tokenizer
+    from ferrum_native._native import Engine as Engine
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'ferrum' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

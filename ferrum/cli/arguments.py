@@ -1,0 +1,107 @@
+"""Command line flags, made from the settings of dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import MISSING
+from typing import Any, NoReturn
+
+from ferrum.cli.output import program
+from ferrum.options import EngineOptions, Setting, flag_name, settings_of
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **details: Any):
+        width = min(shutil.get_terminal_size().columns, 80) - 1
+        super().__init__(prog, max_help_position=26, width=width, **details)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are two lines: what is wrong, where to read more."""
+
+    def __init__(self, command: str, usage: str, description: str, examples: str):
+        super().__init__(
+            prog=f"{program()} {command}",
+            usage=f"{program()} {command} {usage}",
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        flags = [text for text in unknown if text.startswith("-")]
+        if flags:
+            self.error(f"there is no flag {flags[0]}")
+        if unknown:
+            self.error(f"one text is expected, then came {unknown[0]!r}: put quotes around a text of several words")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message[:1].upper()}{message[1:]}.\nMore: {self.prog} --help\n")
+
+    def add_engine(self) -> None:
+        """The flags about the model and the engine."""
+        group = self.add_argument_group("model and engine")
+        group.add_argument(
+            "-m", "--model", metavar="MODEL.gguf",
+            help="GGUF file to run; of a split model, any shard (default: FERRUM_MODEL, else the demo model)",
+        )
+        add_settings(group, EngineOptions)
+
+    def add_output(self, json_help: str, verbose_help: str = "") -> None:
+        """The flags about what is shown; --verbose where a command has it."""
+        group = self.add_argument_group("output")
+        group.add_argument("--json", action="store_true", help=json_help)
+        if verbose_help:
+            group.add_argument("--verbose", action="store_true", help=verbose_help)
+        group.add_argument("-h", "--help", action="help", help="show this page")
+
+
+def add_settings(group: argparse._ArgumentGroup, cls: type) -> None:
+    """A flag for every setting of a dataclass that has one."""
+    for name, (field, rule) in settings_of(cls).items():
+        if rule.flag:
+            group.add_argument(
+                *filter(None, (rule.short_flag, flag_name(name))),
+                dest=name,
+                metavar="|".join(rule.choices) or rule.metavar,
+                action="append" if rule.sequence else "store",
+                help=_help(rule, field.default).replace("%", "%%"),
+            )
+
+
+def given_settings(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings of a dataclass that the command line gives, checked; OptionError names the flag."""
+    values = {}
+    for name, (_, rule) in settings_of(cls).items():
+        given = getattr(arguments, name, None)
+        if given is None:
+            continue
+        shown = f"{rule.short_flag} ({flag_name(name)})" if rule.short_flag else flag_name(name)
+        values[name] = tuple(rule.parse(text, shown) for text in given) if rule.sequence else rule.parse(given, shown)
+    return values
+
+
+def _help(rule: Setting, default: Any) -> str:
+    shown = rule.default_text or ("" if default is MISSING else str(default))
+    return f"{rule.help} (default: {shown})" if shown else rule.help
+
+
+def utf8(text: str, what: str) -> str:
+    """An argument as text; bytes that the locale could not decode are read as UTF-8 or refused."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        from ferrum.errors import OptionError
+
+        raise OptionError(f"{what} is not UTF-8 text. Check the encoding of your terminal or script.") from None

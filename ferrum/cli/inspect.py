@@ -1,0 +1,213 @@
+"""`inspect`: what is in a model file, and what an engine with the given options would take, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ferrum.cli.arguments import Parser, given_settings
+from ferrum.cli.output import BOLD, note, program, size, styled
+from ferrum.errors import ModelFileError
+from ferrum.options import DEFAULT, ENVIRONMENT, GIVEN, EngineOptions, Resolved, resolve, variable_name
+
+if TYPE_CHECKING:
+    from ferrum.gguf_file import GGUFFile
+
+_USAGE = "[-m MODEL.gguf] [--json] [options]"
+_DESCRIPTION = """\
+Show a model file: architecture, shapes, quant types, vocabulary, template, the
+options in force and where each comes from, and the memory plan for them. Only
+the file's header is read, so this is quick for a file of any size.
+
+Exit code: 0, 1 if this version cannot run the model (the reason comes last), 2
+wrong usage."""
+_EXAMPLES = """\
+  {program} inspect
+  {program} inspect -m Qwen3-30B-A3B-Q4_K_M.gguf --kv-tokens 32768
+  {program} inspect --json | jq .plan.total_bytes"""
+
+
+def parser() -> Parser:
+    parser = Parser("inspect", _USAGE, _DESCRIPTION, _EXAMPLES.format(program=program()))
+    parser.add_engine()
+    parser.add_output("print everything as one line of JSON; sizes in bytes")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ferrum.gguf_file import GGUFFile
+
+    resolved = resolve(arguments.model, given_settings(arguments, EngineOptions))
+    report = describe(GGUFFile.open(resolved.model), resolved)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        for title, rows in _sections(report):
+            print(styled(title, BOLD, sys.stdout))
+            for name, value in rows:
+                print(f"  {name:<22}{value}".rstrip())
+    if not report["reason"]:
+        return 0
+    if not arguments.json:
+        sys.stdout.flush()
+        note(f"error: {report['reason']}")
+    return 1
+
+
+def describe(file: GGUFFile, resolved: Resolved) -> dict[str, Any]:
+    """Everything that `inspect` shows, fit for JSON. `reason` says why the model cannot run, else it is None."""
+    from ferrum_native._native import plan
+
+    planned, reason = None, None
+    try:
+        planned = plan(file, **resolved.options.arguments())
+    except ModelFileError as error:
+        reason = str(error)
+    vocabulary = _vocabulary(file)
+    effective = planned["options"] if planned else resolved.options.arguments()
+    return {
+        "model": resolved.model,
+        "model_source": _source("model", resolved),
+        "files": len(file.paths),
+        "file_bytes": file.file_bytes,
+        "gguf_version": file.version,
+        "architecture": file.metadata.get("general.architecture"),
+        "name": file.metadata.get("general.name"),
+        "config": _plain(planned["config"] if planned else _shapes(file)),
+        "tensor_types": _tensor_types(file),
+        "vocabulary": vocabulary,
+        "chat_template": file.metadata.get("tokenizer.chat_template"),
+        "options": {name: {"value": value, "source": _source(name, resolved)} for name, value in _plain(effective).items()},
+        "plan": {name: value for name, value in planned.items() if name.endswith(("_bytes", "_token"))} if planned else None,
+        "available_memory_bytes": available_memory(),
+        "reason": reason or vocabulary.get("error"),
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine and container would give now; None where the system does not say."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            found.append(int(limit.read()))
+    except (OSError, ValueError):  # no limit reads "max"
+        pass
+    if not found and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what JSON can hold."""
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str, type(None)))}
+
+
+def _shapes(file: GGUFFile) -> dict[str, Any]:
+    """The architecture's own metadata, for a model that the engine does not take."""
+    prefix = f"{file.metadata.get('general.architecture')}."
+    return {key[len(prefix):]: value for key, value in file.metadata.items() if key.startswith(prefix)}
+
+
+def _tensor_types(file: GGUFFile) -> list[dict[str, Any]]:
+    """Count, bytes and an example of each tensor type, most bytes first."""
+    types: dict[str, dict[str, Any]] = {}
+    for tensor in file.tensors.values():
+        row = types.setdefault(tensor.type_name, {"type": tensor.type_name, "tensors": 0, "bytes": 0, "example": tensor.name})
+        row["tensors"] += 1
+        row["bytes"] += tensor.nbytes
+    return sorted(types.values(), key=lambda row: (-row["bytes"], row["type"]))
+
+
+def _vocabulary(file: GGUFFile) -> dict[str, Any]:
+    from ferrum.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_gguf(file)
+    except ModelFileError as error:
+        tokens = file.metadata.get("tokenizer.ggml.tokens")
+        return {"size": len(tokens) if hasattr(tokens, "__len__") else None, "error": str(error)}
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": tokenizer.eot_id, "padding": tokenizer.pad_id}
+    return {
+        "size": tokenizer.vocab_size,
+        "special_ids": {name: id for name, id in special.items() if id is not None},
+        "stop_ids": sorted(tokenizer.stop_ids),
+        "control": len(tokenizer.control_ids),
+        "unused": len(tokenizer.unused_ids),
+        "add_bos": tokenizer.add_bos,
+        "texts": {str(id): tokenizer.token_text(id) for id in sorted({*tokenizer.stop_ids, *filter(None.__ne__, special.values())})},
+    }
+
+
+def _source(name: str, resolved: Resolved) -> str:
+    """Where a value comes from: "flag", the environment variable, or "default"."""
+    return {GIVEN: "flag", ENVIRONMENT: variable_name(name), DEFAULT: "default"}[resolved.sources.get(name, DEFAULT)]
+
+
+def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The report as titles with rows of (name, value)."""
+    files = "1 file" if report["files"] == 1 else f"{report['files']} files"
+    sections = [
+        ("model", [
+            ("path", f"{report['model']} ({report['model_source']})"),
+            ("file", f"{size(report['file_bytes'])}, {files}, GGUF version {report['gguf_version']}"),
+            ("name", report["name"] or "not named"),
+        ]),
+        ("shapes", [(name, str(value)) for name, value in report["config"].items()]),
+        ("tensors", [(row["type"], f"{row['tensors']:>6} tensors {size(row['bytes']):>11}") for row in report["tensor_types"]]),
+        ("vocabulary", _vocabulary_rows(report["vocabulary"])),
+        ("chat template", _template_rows(report["chat_template"])),
+        ("options", [(name, f"{_shown(row['value']):<12}({row['source']})") for name, row in report["options"].items()]),
+    ]
+    if report["plan"]:
+        sections.append(("memory plan", _plan_rows(report)))
+    return sections
+
+
+def _shown(value: Any) -> str:
+    return "decided at load" if value is None else str(value)
+
+
+def _vocabulary_rows(vocabulary: dict[str, Any]) -> list[tuple[str, str]]:
+    if "error" in vocabulary:
+        return [("size", str(vocabulary["size"])), ("not readable", vocabulary["error"])]
+
+    def named(id: int) -> str:
+        return f"{id} {vocabulary['texts'][str(id)]}"
+
+    return [
+        ("size", f"{vocabulary['size']} ({vocabulary['control']} control tokens, {vocabulary['unused']} unused)"),
+        *((name, named(id)) for name, id in vocabulary["special_ids"].items()),
+        ("text ends at", ", ".join(named(id) for id in vocabulary["stop_ids"])),
+        ("add_bos", str(vocabulary["add_bos"])),
+    ]
+
+
+def _template_rows(template: Any) -> list[tuple[str, str]]:
+    if not isinstance(template, str):
+        return [("none", "")]
+    first = template.splitlines()[0] if template else ""
+    return [("length", f"{len(template)} characters"), ("starts", first if len(first) <= 54 else first[:51] + "...")]
+
+
+def _plan_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    plan = report["plan"]
+    tokens, available = report["options"]["kv_tokens"]["value"], report["available_memory_bytes"]
+    rows = [
+        ("weights", plan["weights_bytes"], "in place over the file"),
+        ("weight copies", plan["weights_extra_bytes"], "made by the device"),
+        ("KV cache", plan["kv_bytes"], f"{tokens} tokens of {plan['kv_bytes_per_token']} bytes"),
+        ("scratch", plan["scratch_bytes"], ""),
+        ("total", plan["total_bytes"], ""),
+    ]
+    if available is not None:
+        fits = "" if plan["total_bytes"] <= available else "less than the total: lower --kv-tokens"
+        rows.append(("available memory", available, fits))
+    return [(name, f"{size(nbytes):>11}  {about}") for name, nbytes, about in rows]

@@ -1,0 +1,62 @@
+"""What the command line shows: streams, styles, sizes."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from typing import TextIO
+
+from ferrum.options import color_wanted
+
+BOLD, DIM = "1", "2"
+
+
+def program() -> str:
+    """How the user called this program."""
+    return "python -m ferrum" if os.path.basename(sys.argv[0]) in ("__main__.py", "-m") else "ferrum"
+
+
+def prepare_streams() -> None:
+    """Make text writable everywhere: ASCII locales (C, POSIX) get UTF-8, others a "?" for what they lack."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+            errors = "replace" if name == "stdout" else "backslashreplace"
+            stream.reconfigure(encoding="utf-8" if ascii_only else stream.encoding, errors=errors)
+
+
+def close_quietly() -> None:
+    """Send what is still buffered for stdout nowhere, so that the interpreter's last flush cannot fail."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """The text in a style, where the stream is a terminal and the user lets it."""
+    if not text or not stream.isatty() or not color_wanted():
+        return text
+    return f"\033[{style}m{text}\033[0m"
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal; nobody listening is no error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 13,388,000 is "12.8 MiB"."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"

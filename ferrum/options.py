@@ -1,0 +1,231 @@
+"""What a user can set: how a setting is described, checked and resolved, and the options of the engine.
+
+A setting is a dataclass field that carries a `Setting`. Command line flags, environment variables and their help
+derive from it. This is the only file that reads the environment (setup.py reads the build's own variables).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from ferrum.errors import OptionError
+
+DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "data", "ferrum-storyteller-q4_k_m.gguf")
+
+GIVEN, ENVIRONMENT, DEFAULT = "given", "environment", "default"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the values of one dataclass field look: `kind` is int, float or str, bounds are inclusive.
+
+    `default_text` describes a default of None ("the CPUs this process may use"), which is then allowed.
+    `sequence` marks a tuple of values, given as a repeated flag. `flag` is False where the command line has none.
+    """
+
+    kind: type
+    help: str
+    unit: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    default_text: str = ""
+    sequence: bool = False
+    short_flag: str = ""
+    metavar: str = "N"
+    flag: bool = True
+
+    def expected(self) -> str:
+        """The allowed values in words."""
+        if self.choices:
+            return " or ".join(self.choices) if len(self.choices) < 3 else "one of " + ", ".join(self.choices)
+        if self.kind is str:
+            return "text that is not empty"
+        noun = "a whole number" if self.kind is int else "a number"
+        of = f" of {self.unit}" if self.unit else ""
+        if self.above is not None:
+            return f"{noun}{of} above {self.above:g} and at most {self.maximum:g}"
+        if self.maximum is not None:
+            return f"{noun}{of} from {_plain(self.minimum)} to {_plain(self.maximum)}"
+        return f"{noun}{of}, {_plain(self.minimum)} or more"
+
+    def check(self, value: Any, name: str) -> Any:
+        """The value in its own type; OptionError, calling the setting `name`, if it is not allowed."""
+        if self.sequence:
+            if isinstance(value, str):
+                value = (value,)
+            return tuple(self._check_one(item, name) for item in value)
+        if value is None and self.default_text:
+            return None
+        return self._check_one(value, name)
+
+    def parse(self, text: str, name: str) -> Any:
+        """`check` for a value written as text, as flags and environment variables are."""
+        try:
+            value = text if self.kind is str else self.kind(text)
+        except ValueError:
+            raise self._error(text, name) from None
+        return self._check_one(value, name)
+
+    def _check_one(self, value: Any, name: str) -> Any:
+        if isinstance(value, bool) or (self.kind is str) is not isinstance(value, str):
+            raise self._error(value, name)
+        try:
+            converted = operator.index(value) if self.kind is int else self.kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self._error(value, name) from None
+        if self.kind is str:
+            allowed = value in self.choices if self.choices else bool(value)
+        else:
+            allowed = (
+                math.isfinite(converted)
+                and (self.minimum is None or converted >= self.minimum)
+                and (self.maximum is None or converted <= self.maximum)
+                and (self.above is None or converted > self.above)
+            )
+        if not allowed:
+            raise self._error(value, name)
+        return converted
+
+    def _error(self, value: Any, name: str) -> OptionError:
+        shown = repr(value)
+        return OptionError(f"{name} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected {self.expected()}.")
+
+
+def _plain(number: float | None) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def setting(default: Any, kind: type, help: str, **details: Any) -> Any:
+    """A dataclass field with a Setting."""
+    return field(default=default, metadata={"setting": Setting(kind, help, **details)})
+
+
+def settings_of(cls: type) -> dict[str, tuple[Field, Setting]]:
+    """The fields of a dataclass that are settings, by name, in order."""
+    return {f.name: (f, f.metadata["setting"]) for f in fields(cls) if "setting" in f.metadata}
+
+
+def check_settings(instance: Any) -> None:
+    """Check and convert every setting of a frozen dataclass; for its __post_init__."""
+    for name, (_, rule) in settings_of(type(instance)).items():
+        object.__setattr__(instance, name, rule.check(getattr(instance, name), name))
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable_name(name: str) -> str:
+    return "FERRUM_" + name.upper()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs a model; None leaves the choice to the engine, which says what it chose in `Engine.options`.
+
+    Raises OptionError that names the option, its value and what is allowed.
+    """
+
+    device: str = setting("auto", str, "where the model runs", choices=("auto", "cpu"), metavar="NAME")
+    threads: int | None = setting(
+        None, int, "CPU threads", unit="threads", minimum=1, maximum=1024,
+        default_text="the CPUs this process may use",
+    )
+    kv_tokens: int | None = setting(
+        None, int, "tokens that the KV cache holds: prompt and generated text together",
+        unit="tokens", minimum=1, maximum=1 << 31, default_text="the model's context, at most 8192",
+    )
+    kv_type: str = setting("f16", str, "number type of the KV cache (f32 is for proof)", choices=("f16", "f32"), metavar="TYPE")
+    activations: str = setting(
+        "int8", str, "number type of activations in products with quantized weights (float32 is for proof)",
+        choices=("int8", "float32"), metavar="TYPE",
+    )
+    max_sequences: int = setting(
+        16, int, "sequences that can be live at once", unit="sequences", minimum=1, maximum=65536, flag=False
+    )
+    prefill_chunk: int = setting(
+        512, int, "prompt tokens that one step takes", unit="tokens", minimum=1, maximum=65536, flag=False
+    )
+    max_logit_rows: int | None = setting(
+        None, int, "most rows of logits that one call returns", unit="rows", minimum=1, maximum=1 << 20,
+        default_text="max_sequences, at least 16", flag=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine` and `plan`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class Resolved(NamedTuple):
+    """A model path and engine options, with where each came from: "given" (flag or argument), "environment" or "default".
+
+    `sources` has one entry per option and "model".
+    """
+
+    model: str
+    options: EngineOptions
+    sources: dict[str, str]
+
+
+def resolve(model: str | os.PathLike | None, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Resolved:
+    """Settle every option once: what is given (None: nothing), else FERRUM_<OPTION>, else the default."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, (_, rule) in settings_of(EngineOptions).items():
+        text = environ.get(variable_name(name), "")
+        if given.get(name) is not None:
+            values[name], sources[name] = given[name], GIVEN
+        elif text:
+            values[name], sources[name] = rule.parse(text, variable_name(name)), ENVIRONMENT
+        else:
+            sources[name] = DEFAULT
+    path = environ.get("FERRUM_MODEL", "")
+    if model is not None:
+        path, sources["model"] = os.fspath(model), GIVEN
+    elif path:
+        path, sources["model"] = os.path.expanduser(path), ENVIRONMENT
+    else:
+        path, sources["model"] = DEFAULT_MODEL, DEFAULT
+    return Resolved(path, EngineOptions(**values), sources)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the CPU quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as limit:
+            quota, period = limit.read().split()
+        return max(1, min(cpus, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no limit reads "max"
+        return cpus
+
+
+def color_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the user lets a terminal show colour (https://no-color.org)."""
+    environ = os.environ if environ is None else environ
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity and, in a container, the CPU quota of its control group."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no control group v2: the affinity is all there is
+    return cpus

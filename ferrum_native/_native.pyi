@@ -1,0 +1,140 @@
+"""The native core of ferrum: an engine that owns the model's weights, the KV pool and the threads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+class _TensorInfo(Protocol):
+    name: str
+    type_id: int
+    type_name: str
+    shape: tuple[int, ...]
+    file_index: int
+    offset: int
+    nbytes: int
+
+class _Model(Protocol):
+    """What the engine reads of a `ferrum.gguf_file.GGUFFile`."""
+
+    paths: tuple[str, ...]
+    metadata: dict[str, Any]
+    tensors: dict[str, _TensorInfo]
+
+def split_strings(data: bytes | memoryview, offset: int, count: int) -> tuple[list[str], int]: ...
+def plan(
+    model: _Model,
+    *,
+    device: str = "auto",
+    kv_tokens: int | None = None,
+    kv_type: str = "f16",
+    max_sequences: int = 16,
+    prefill_chunk: int = 512,
+    max_logit_rows: int | None = None,
+    activations: str = "int8",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """What an Engine with these options would be and take, without loading anything.
+
+    Returns a dict: `config` (name -> value: architecture, num_layers, hidden_size, num_heads, num_kv_heads, head_dim, num_experts, top_k,
+    expert_ffn_size, vocab_size, context_length, rope_theta, rms_eps, norm_topk_prob, tied_embeddings...), `options` (every effective option),
+    `weights_bytes` (mapped, in place), `weights_extra_bytes` (copies that the device makes of weights), `kv_bytes`, `kv_bytes_per_token`,
+    `scratch_bytes` and `total_bytes`, all in bytes. Errors as of `Engine`.
+    """
+
+class Chunk(NamedTuple):
+    """One sequence's part of a step: `tokens` are appended; logits are wanted of the "last" one, of "all" or of "none"."""
+
+    sequence: int
+    tokens: Sequence[int]
+    logits: Literal["last", "all", "none"] = "last"
+
+class Edit(NamedTuple):
+    """A change of one logit before candidates are chosen: logit' = (logit > 0 ? logit / penalty : logit * penalty) + bias."""
+
+    row: int
+    token: int
+    penalty: float = 1.0
+    bias: float = 0.0
+
+class Logits:
+    """Logits of a step, float32 [rows, vocab_size] ([vocab_size] for `prefill(logits="last")` and `decode`).
+
+    `np.asarray(x)` is a read-only view without a copy, valid until the engine's next step; converting it later raises StaleLogits.
+    `copy()` keeps the values.
+    """
+
+    shape: tuple[int, ...]
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[np.float32]: ...
+    def __len__(self) -> int: ...
+    def copy(self) -> npt.NDArray[np.float32]: ...
+
+class Candidates(NamedTuple):
+    """Per logit row of the last step, after edits, padding entries of the vocabulary excluded."""
+
+    ids: npt.NDArray[np.int32]  # [rows, n], by falling logit, ties by rising id
+    logits: npt.NDArray[np.float32]  # [rows, n]
+    log_sum_exp: npt.NDArray[np.float64]  # [rows], of logits
+    log_sum_exp_at_temperature: npt.NDArray[np.float64]  # [rows], of logits / temperature
+    target_logits: npt.NDArray[np.float32]  # [rows, targets]
+
+class Engine:
+    """A loaded model with its KV pool. Sequences are ints chosen by the caller.
+
+    Any thread may call; calls wait for each other on one lock, and the GIL is free during a step. After an exception the engine is as before
+    and usable. `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192).
+    `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
+    default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
+
+    Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
+    """
+
+    config: dict[str, Any]
+    options: dict[str, Any]
+    kv_capacity: int  # tokens
+    kv_bytes_per_token: int
+
+    def __init__(
+        self,
+        model: _Model,
+        *,
+        device: str = "auto",
+        kv_tokens: int | None = None,
+        kv_type: str = "f16",
+        max_sequences: int = 16,
+        prefill_chunk: int = 512,
+        max_logit_rows: int | None = None,
+        activations: str = "int8",
+        threads: int | None = None,
+    ) -> None: ...
+    def prefill(self, sequence: int, tokens: Sequence[int], logits: Literal["last", "none", "all"] = "last") -> Logits | None:
+        """Append `tokens` to a live sequence or start one. None for logits="none". Ctrl-C or `cancel()` stop it between two chunks: the
+        sequence is then as before the call."""
+    def decode(self, sequence: int, token: int) -> Logits: ...
+    def decode_batch(self, sequences: Sequence[int], tokens: Sequence[int]) -> Logits: ...
+    def step(self, chunks: Sequence[Chunk | tuple]) -> Logits | None:
+        """One ragged step of at most prefill_chunk + max_sequences tokens: all chunks advance, or none."""
+    def candidates(
+        self,
+        n: int,
+        edits: Sequence[Edit | tuple] | None = None,
+        targets: Sequence[Sequence[int]] | None = None,
+        temperatures: Sequence[float] | None = None,
+    ) -> Candidates:
+        """The n largest logits of each row of the last step."""
+    def fork(self, source: int, target: int) -> None: ...
+    def release(self, sequence: int) -> None: ...
+    def reset(self) -> None: ...
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Hold KV blocks so that the sequence can grow by `tokens` without KVPoolExhausted."""
+    def warm_up(self) -> None: ...
+    def cancel(self) -> None: ...
+    def length(self, sequence: int) -> int:
+        """Tokens of a live sequence."""
+    def stats(self) -> dict[str, int]: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Engine: ...
+    def __exit__(self, *exc: object) -> None: ...

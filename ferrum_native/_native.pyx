@@ -1,0 +1,491 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=False
+# distutils: language=c++
+"""The native core of ferrum: an engine that owns the model's weights, the KV pool and the threads."""
+
+import operator
+import os
+import threading
+from collections import namedtuple
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cython.operator cimport dereference
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libcpp cimport bool as cbool
+from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.string cimport string
+from libcpp.utility cimport move
+from libcpp.vector cimport vector
+
+from ferrum import errors
+
+include "core.pxi"
+include "gguf_strings.pxi"
+
+for _kind, _class in (
+    (ErrorKind.InvalidArgument, ValueError),
+    (ErrorKind.UnknownSequence, errors.UnknownSequence),
+    (ErrorKind.KvPoolExhausted, errors.KVPoolExhausted),
+    (ErrorKind.ContextFull, errors.ContextFull),
+    (ErrorKind.LogitRowsExceeded, errors.LogitRowsExceeded),
+    (ErrorKind.BadModelFile, errors.ModelFileError),
+    (ErrorKind.UnsupportedModel, errors.UnsupportedModelError),
+    (ErrorKind.OutOfMemory, errors.OutOfMemory),
+    (ErrorKind.Cancelled, errors.Cancelled),
+    (ErrorKind.Closed, errors.EngineClosed),
+    (ErrorKind.Device, errors.DeviceError),
+):
+    set_error_class(<int>_kind, _class)
+
+Chunk = namedtuple("Chunk", "sequence tokens logits", defaults=("last",))
+Edit = namedtuple("Edit", "row token penalty bias", defaults=(1.0, 0.0))
+Candidates = namedtuple("Candidates", "ids logits log_sum_exp log_sum_exp_at_temperature target_logits")
+
+# A token type of GGUF: an entry that only pads the vocabulary.
+cdef int UNUSED_TOKEN = 5
+
+
+cdef string utf8(text):
+    return os.fsencode(text) if isinstance(text, os.PathLike) else str(text).encode("utf-8", "surrogateescape")
+
+
+cdef int fill_tokens(object tokens, vector[int32_t]& out) except -1:
+    for token in tokens:
+        index = operator.index(token)
+        if not -2147483648 <= index <= 2147483647:
+            raise ValueError(f"token id {index} is outside every vocabulary.")
+        out.push_back(<int32_t>index)
+    return 0
+
+
+cdef int64_t sequence_id(object sequence) except? -1:
+    index = operator.index(sequence)
+    if not -(1 << 63) <= index < 1 << 63:
+        raise ValueError(f"sequence {index} does not fit 64 bits.")
+    return <int64_t>index
+
+
+cdef LogitsWanted logits_wanted(object text) except *:
+    if text == "last":
+        return LogitsWanted.Last
+    if text == "all":
+        return LogitsWanted.All
+    if text == "none":
+        return LogitsWanted.Nothing
+    raise ValueError(f"logits is {text!r}, not one of 'last', 'all', 'none'.")
+
+
+cdef int describe(object model, ModelDescription& out) except -1:
+    """The part of a GGUFFile that the core reads."""
+    cdef TensorEntry entry
+    out.architecture = utf8(model.metadata.get("general.architecture", "unknown"))
+    for path in model.paths:
+        out.paths.push_back(utf8(path))
+    for key, value in model.metadata.items():
+        if isinstance(value, bool):
+            out.metadata.set(utf8(key), MetadataValue(<cbool>value))
+        elif isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+            out.metadata.set(utf8(key), MetadataValue(<int64_t>value))
+        elif isinstance(value, float):
+            out.metadata.set(utf8(key), MetadataValue(<double>value))
+        elif isinstance(value, str):
+            out.metadata.set(utf8(key), MetadataValue(utf8(value)))
+    for tensor in model.tensors.values():
+        entry.name = utf8(tensor.name)
+        entry.type_id = tensor.type_id
+        entry.type_name = utf8(tensor.type_name)
+        entry.shape = tensor.shape
+        entry.file = tensor.file_index
+        entry.offset = tensor.offset
+        entry.bytes = tensor.nbytes
+        out.tensors[entry.name] = entry
+    return 0
+
+
+cdef object config_value(const MetadataValue& value):
+    if holds_alternative[cbool](value):
+        return <bint>get[cbool](value)
+    if holds_alternative[int64_t](value):
+        return get[int64_t](value)
+    if holds_alternative[double](value):
+        return get[double](value)
+    return get[string](value).decode("utf-8", "replace")
+
+
+cdef dict config_dict(object model, const ConfigList& items):
+    config = {"architecture": model.metadata.get("general.architecture", "unknown")}
+    cdef size_t i
+    for i in range(items.size()):
+        config[items[i].first.decode()] = config_value(items[i].second)
+    return config
+
+
+cdef dict effective_options(object options, const EnginePlan& plan):
+    return {
+        "device": options.device,
+        "kv_tokens": plan.options.kv_tokens,
+        "kv_type": options.kv_type,
+        "max_sequences": plan.options.max_sequences,
+        "prefill_chunk": plan.options.prefill_chunk,
+        "max_logit_rows": plan.options.max_logit_rows,
+        "activations": options.activations,
+        "threads": options.threads,
+    }
+
+
+cdef object checked_options(dict given):
+    """EngineOptions with the threads decided."""
+    from dataclasses import replace
+
+    from ferrum.options import EngineOptions, available_cpus
+
+    options = EngineOptions(**given)
+    return options if options.threads is not None else replace(options, threads=available_cpus())
+
+
+cdef EngineOptions engine_options(object options):
+    cdef EngineOptions out
+    out.kv_tokens = options.kv_tokens or 0
+    out.kv_type = KvType.F16 if options.kv_type == "f16" else KvType.F32
+    out.max_sequences = options.max_sequences
+    out.prefill_chunk = options.prefill_chunk
+    out.max_logit_rows = options.max_logit_rows or 0
+    return out
+
+
+cdef DeviceOptions device_options(object options, object instruction_set):
+    cdef DeviceOptions out
+    out.device = utf8(options.device)
+    out.threads = options.threads
+    out.float_activations = options.activations == "float32"
+    out.instruction_set = utf8(instruction_set or "")
+    return out
+
+
+def plan(model, **given):
+    """What an Engine with these options would be and take, without loading anything; see `_native.pyi`."""
+    cdef ModelDescription description
+    describe(model, description)
+    options = checked_options(given)
+    cdef unique_ptr[Model] native_model = make_model(description)
+    cdef unique_ptr[Backend] backend = make_backend(device_options(options, None))
+    cdef EnginePlan plan = make_plan(dereference(native_model), dereference(backend), engine_options(options))
+    return {
+        "config": config_dict(model, native_model.get().config()),
+        "options": effective_options(options, plan),
+        "device": backend.get().name().decode(),
+        "weights_bytes": plan.weights,
+        "weights_extra_bytes": plan.weights_extra,
+        "kv_bytes": plan.kv,
+        "kv_bytes_per_token": plan.kv // plan.options.kv_tokens,
+        "scratch_bytes": plan.scratch,
+        "total_bytes": plan.weights + plan.weights_extra + plan.kv + plan.scratch,
+    }
+
+
+cdef class _LogitsMemory:
+    """Buffer protocol over the engine's logits; keeps the memory alive for the views on it."""
+
+    cdef shared_ptr[Buffer] buffer
+    cdef Py_ssize_t size
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, <void*>self.buffer.get().host(), self.size, 1, flags)
+
+
+cdef class Logits:
+    """Logits of a step, float32 [rows, vocab_size] ([vocab_size] for `prefill(logits="last")` and `decode`).
+
+    `np.asarray(x)` is a read-only view without a copy, valid until the engine's next step; converting it later raises StaleLogits.
+    `copy()` keeps the values.
+    """
+
+    cdef Engine engine
+    cdef uint64_t generation
+    cdef readonly tuple shape
+    cdef _LogitsMemory memory
+
+    def __array__(self, dtype=None, copy=None):
+        import numpy
+
+        if self.engine.generation != self.generation:
+            raise errors.StaleLogits("these logits were overwritten by a later step of the engine. Convert them before it, or keep a copy().")
+        view = numpy.frombuffer(self.memory, dtype=numpy.float32).reshape(self.shape)
+        if dtype is not None and numpy.dtype(dtype) != view.dtype:
+            if copy is False:
+                raise ValueError(f"logits are float32; converting them to {numpy.dtype(dtype)} needs a copy.")
+            return view.astype(dtype)
+        return view.copy() if copy else view
+
+    def copy(self):
+        return self.__array__(copy=True)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __repr__(self):
+        state = "" if self.engine.generation == self.generation else ", overwritten by a later step"
+        return f"Logits(shape={self.shape}{state})"
+
+
+cdef class Engine:
+    """A loaded model with its KV pool; see `_native.pyi` for the contract of each call."""
+
+    cdef unique_ptr[NativeEngine] native
+    cdef readonly dict config
+    cdef readonly dict options
+    cdef readonly str device
+    cdef readonly int kv_capacity
+    cdef readonly int kv_bytes_per_token
+    cdef object lock
+    cdef int process
+    cdef uint64_t generation
+
+    def __init__(self, model, *, instruction_set=None, poison_freed_kv=False, unused_tokens=None, **given):
+        cdef ModelDescription description
+        cdef unique_ptr[Model] native_model
+        cdef unique_ptr[Backend] backend
+        cdef EngineOptions native_options
+        cdef DeviceOptions chosen_device
+        cdef vector[int32_t] unused
+        if self.lock is not None:
+            raise RuntimeError("an Engine is made once; make another object.")
+        self.lock = threading.Lock()
+        self.process = os.getpid()
+        options = checked_options(given)
+        native_options = engine_options(options)
+        native_options.poison_freed_kv = poison_freed_kv
+        chosen_device = device_options(options, instruction_set)
+        describe(model, description)
+        if unused_tokens is None:
+            types = model.metadata.get("tokenizer.ggml.token_type", ())
+            unused_tokens = [token for token, kind in enumerate(types) if kind == UNUSED_TOKEN]
+        fill_tokens(sorted(unused_tokens), unused)
+        with nogil:
+            native_model = make_model(description)
+            backend = make_backend(chosen_device)
+            self.native.reset(new NativeEngine(move(native_model), move(backend), native_options))
+        self.native.get().exclude_tokens(move(unused))
+        self.config = config_dict(model, self.native.get().config())
+        self.options = effective_options(options, self.native.get().plan())
+        self.device = self.native.get().device().decode()
+        self.kv_capacity = self.native.get().plan().options.kv_tokens
+        self.kv_bytes_per_token = self.native.get().plan().kv // self.kv_capacity
+
+    cdef NativeEngine* open(self) except NULL:
+        """The native engine; call with the lock held."""
+        if self.native.get() == NULL:
+            raise errors.EngineClosed("this engine is closed. Make a new one.")
+        if os.getpid() != self.process:
+            raise RuntimeError("this engine was made in another process, and its threads did not come along with fork(). Make a new Engine in this process.")
+        return self.native.get()
+
+    cdef object logits_of_step(self, NativeEngine* native, bint single):
+        cdef int rows = native.logit_rows()
+        cdef int vocab = native.shape().vocab_size
+        if rows == 0:
+            return None
+        cdef Logits logits = Logits()
+        cdef _LogitsMemory memory = _LogitsMemory()
+        memory.buffer = native.logits()
+        memory.size = <Py_ssize_t>rows * vocab * 4
+        logits.memory = memory
+        logits.engine = self
+        logits.generation = self.generation
+        if single:
+            logits.shape = (vocab,)
+        else:
+            logits.shape = (rows, vocab)
+        return logits
+
+    def prefill(self, sequence, tokens, logits="last"):
+        """Append a prompt of any length; see `_native.pyi`."""
+        cdef vector[int32_t] ids
+        cdef NativeChunk chunk
+        cdef NativeEngine* native
+        fill_tokens(tokens, ids)
+        chunk.sequence = sequence_id(sequence)
+        chunk.tokens = span(ids.data(), ids.size())
+        chunk.logits = logits_wanted(logits)
+        with self.lock:
+            native = self.open()
+            self.generation += 1
+            with nogil:
+                native.prefill(chunk, python_wants_stop)
+            return self.logits_of_step(native, chunk.logits == LogitsWanted.Last)
+
+    def decode(self, sequence, token):
+        """One token of one live sequence; its logits [vocab_size]."""
+        return self.run_step([(sequence, (token,), "last")], True, True)
+
+    def decode_batch(self, sequences, tokens):
+        """One token of each live sequence; logits [len(sequences), vocab_size] in call order."""
+        sequences, tokens = list(sequences), list(tokens)
+        if len(sequences) != len(tokens):
+            raise ValueError(f"{len(sequences)} sequences were given {len(tokens)} tokens; each takes one.")
+        return self.run_step([(sequence, (token,), "last") for sequence, token in zip(sequences, tokens)], False, True)
+
+    def step(self, chunks):
+        """One ragged step: every chunk advances, or none."""
+        return self.run_step(chunks, False, False)
+
+    cdef object run_step(self, chunks, bint single, bint must_live):
+        cdef vector[vector[int32_t]] ids
+        cdef vector[NativeChunk] native_chunks
+        cdef NativeChunk chunk
+        cdef NativeEngine* native
+        cdef size_t i
+        chunks = [Chunk(*given) for given in chunks]
+        ids.resize(len(chunks))
+        for i, (sequence, tokens, logits) in enumerate(chunks):
+            fill_tokens(tokens, ids[i])
+            chunk.sequence = sequence_id(sequence)
+            chunk.tokens = span(ids[i].data(), ids[i].size())
+            chunk.logits = logits_wanted(logits)
+            native_chunks.push_back(chunk)
+        with self.lock:
+            native = self.open()
+            if must_live:
+                for i in range(native_chunks.size()):
+                    native.pool().at(native_chunks[i].sequence)
+            self.generation += 1
+            with nogil:
+                native.step(chunk_span(native_chunks.data(), native_chunks.size()))
+            return self.logits_of_step(native, single)
+
+    def candidates(self, n, edits=None, targets=None, temperatures=None):
+        """The n largest logits of each row of the last step, after the edits; see `_native.pyi`."""
+        import numpy
+
+        cdef TopCandidatesArgs args
+        cdef vector[LogitEdit] native_edits
+        cdef vector[int32_t] native_targets, target_start
+        cdef vector[float] native_temperatures
+        cdef LogitEdit native_edit
+        cdef NativeEngine* native
+        cdef int rows
+        with self.lock:
+            native = self.open()
+            rows = native.logit_rows()
+            args.count = max(-1, min(operator.index(n), 1 << 30))
+            for edit in edits or ():
+                native_edit.row, native_edit.token, native_edit.penalty, native_edit.bias = Edit(*edit)
+                native_edits.push_back(native_edit)
+            if targets is not None:
+                if len(targets) != rows:
+                    raise ValueError(f"targets has {len(targets)} rows for {rows} rows of logits.")
+                for row in targets:
+                    target_start.push_back(<int32_t>native_targets.size())
+                    fill_tokens(row, native_targets)
+                target_start.push_back(<int32_t>native_targets.size())
+            for temperature in temperatures if temperatures is not None else (1.0,) * rows:
+                native_temperatures.push_back(temperature)
+            if <int>native_temperatures.size() != rows:
+                raise ValueError(f"temperatures has {native_temperatures.size()} entries for {rows} rows of logits.")
+            if rows > 0 and not 1 <= args.count <= native.candidate_limit():
+                raise ValueError(f"n is {n}, not from 1 to the {native.candidate_limit()} tokens of the vocabulary that can be sampled.")
+            ids = numpy.empty((rows, max(args.count, 0)), numpy.int32)
+            logits = numpy.empty((rows, max(args.count, 0)), numpy.float32)
+            log_sum_exp = numpy.empty(rows, numpy.float64)
+            at_temperature = numpy.empty(rows, numpy.float64)
+            target_logits = numpy.empty(native_targets.size(), numpy.float32)
+            args.edits = edit_span(native_edits.data(), native_edits.size())
+            args.temperatures = float_span(native_temperatures.data(), native_temperatures.size())
+            args.targets = span(native_targets.data(), native_targets.size())
+            args.target_start = span(target_start.data(), target_start.size())
+            args.ids = <int32_t*><size_t>ids.ctypes.data
+            args.values = <float*><size_t>logits.ctypes.data
+            args.log_sum_exp = <double*><size_t>log_sum_exp.ctypes.data
+            args.log_sum_exp_at_temperature = <double*><size_t>at_temperature.ctypes.data
+            args.target_logits = <float*><size_t>target_logits.ctypes.data
+            with nogil:
+                native.top_candidates(args)
+        if targets is None:
+            target_logits = target_logits.reshape(rows, 0)
+        elif len({len(row) for row in targets}) == 1:
+            target_logits = target_logits.reshape(rows, -1)
+        else:
+            target_logits = numpy.split(target_logits, [target_start[i] for i in range(1, rows)])
+        return Candidates(ids, logits, log_sum_exp, at_temperature, target_logits)
+
+    def fork(self, source, target):
+        """Start `target` as a copy of `source`; their common blocks are shared until one of them writes."""
+        cdef int64_t from_sequence = sequence_id(source), to_sequence = sequence_id(target)
+        with self.lock:
+            self.open().fork(from_sequence, to_sequence)
+
+    def release(self, sequence):
+        """End a sequence; its blocks go back to the pool."""
+        cdef int64_t id = sequence_id(sequence)
+        with self.lock:
+            self.open().release(id)
+
+    def reset(self):
+        """End every sequence."""
+        with self.lock:
+            self.open().reset()
+
+    def reserve(self, sequence, tokens):
+        """Hold KV blocks so that the sequence can grow by `tokens`; starts it if it is not live."""
+        cdef int64_t id = sequence_id(sequence)
+        cdef int count = operator.index(tokens)
+        with self.lock:
+            self.open().reserve(id, count)
+
+    def warm_up(self):
+        """Bring the weights into memory and run the shapes that will be used, so that the first request is as fast as the second."""
+        cdef NativeEngine* native
+        with self.lock:
+            native = self.open()
+            self.generation += 1
+            with nogil:
+                native.warm_up()
+
+    def cancel(self):
+        """End a prefill that another thread is running, at its next chunk; it raises Cancelled there."""
+        cdef NativeEngine* native = self.native.get()
+        if native != NULL:
+            native.cancel()
+
+    def length(self, sequence):
+        """Tokens of a live sequence."""
+        cdef int64_t id = sequence_id(sequence)
+        with self.lock:
+            return self.open().pool().at(id).length
+
+    def stats(self):
+        """Counters since the engine was made, and the state of the KV pool."""
+        cdef NativeEngine* native
+        with self.lock:
+            native = self.open()
+            return {
+                "steps": native.stats().steps,
+                "tokens": native.stats().tokens,
+                "logit_rows": native.stats().logit_rows,
+                "failed_steps": native.stats().failed_steps,
+                "live_sequences": native.pool().live_sequences(),
+                "kv_blocks": native.pool().total_blocks(),
+                "kv_blocks_free": native.pool().free_blocks(),
+            }
+
+    @property
+    def closed(self):
+        return self.native.get() == NULL
+
+    def close(self):
+        """Give all memory back. Views of logits stay readable; everything else raises EngineClosed from now on."""
+        with self.lock:
+            self.generation += 1
+            if os.getpid() == self.process:
+                self.native.reset()
+            else:
+                self.native.release()  # its threads live in the parent; their memory ends with this process
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __dealloc__(self):
+        if self.native.get() != NULL and self.process != os.getpid():
+            self.native.release()

@@ -1,0 +1,153 @@
+# The C++ core as the extension sees it.
+
+cdef extern from "<span>" namespace "std" nogil:
+    cdef cppclass token_span "std::span<const int32_t>":
+        token_span()
+    cdef cppclass edits_span "std::span<const ferrum::LogitEdit>":
+        edits_span()
+    cdef cppclass temperatures_span "std::span<const float>":
+        temperatures_span()
+    cdef cppclass chunks_span "std::span<const ferrum::Chunk>":
+        chunks_span()
+    token_span span "std::span<const int32_t>"(const int32_t*, size_t)
+    edits_span edit_span "std::span<const ferrum::LogitEdit>"(const LogitEdit*, size_t)
+    temperatures_span float_span "std::span<const float>"(const float*, size_t)
+    chunks_span chunk_span "std::span<const ferrum::Chunk>"(const NativeChunk*, size_t)
+
+cdef extern from "python_errors.h" namespace "ferrum" nogil:
+    void raise_current_error()
+    void set_error_class(int kind, object cls)
+    cbool python_wants_stop()
+
+cdef extern from "core/error.h" namespace "ferrum" nogil:
+    cpdef enum class ErrorKind:
+        InvalidArgument
+        UnknownSequence
+        KvPoolExhausted
+        ContextFull
+        LogitRowsExceeded
+        BadModelFile
+        UnsupportedModel
+        OutOfMemory
+        Cancelled
+        Closed
+        Device
+
+cdef extern from "core/tensor.h" namespace "ferrum" nogil:
+    cdef cppclass Buffer:
+        void* host()
+
+cdef extern from "<variant>" namespace "std" nogil:
+    cbool holds_alternative[T](const MetadataValue&)
+    const T& get[T](const MetadataValue&)
+
+cdef extern from "core/model_description.h" namespace "ferrum" nogil:
+    cdef cppclass MetadataValue:
+        MetadataValue(cbool)
+        MetadataValue(int64_t)
+        MetadataValue(double)
+        MetadataValue(string)
+    cdef cppclass Metadata:
+        void set(const string&, MetadataValue) except +raise_current_error
+    cdef cppclass TensorEntry:
+        string name, type_name
+        int type_id, file
+        vector[int64_t] shape
+        uint64_t offset, bytes
+    cdef cppclass TensorMap "std::map<std::string, ferrum::TensorEntry>":
+        TensorEntry& operator[](const string&)
+    cdef cppclass ModelDescription:
+        string architecture
+        Metadata metadata
+        vector[string] paths
+        TensorMap tensors
+
+cdef extern from "core/backend.h" namespace "ferrum" nogil:
+    cdef enum class KvType:
+        F16
+        F32
+    cdef cppclass Backend:
+        string name()
+    cdef cppclass LogitEdit:
+        int32_t row, token
+        float penalty, bias
+    cdef cppclass TopCandidatesArgs:
+        int count
+        edits_span edits
+        temperatures_span temperatures
+        token_span target_start, targets
+        int32_t* ids
+        float* values
+        double* log_sum_exp
+        double* log_sum_exp_at_temperature
+        float* target_logits
+
+cdef extern from "devices.h" namespace "ferrum" nogil:
+    cdef cppclass DeviceOptions:
+        string device, instruction_set
+        int threads
+        cbool float_activations
+    unique_ptr[Backend] make_backend(const DeviceOptions&) except +raise_current_error
+
+cdef extern from "models/model.h" namespace "ferrum" nogil:
+    cdef cppclass ConfigItem "std::pair<std::string, ferrum::MetadataValue>":
+        string first
+        MetadataValue second
+    cdef cppclass ConfigList:
+        size_t size()
+        ConfigItem& operator[](size_t)
+    cdef cppclass ModelShape:
+        int vocab_size
+    cdef cppclass Model:
+        ConfigList config()
+    unique_ptr[Model] make_model(const ModelDescription&) except +raise_current_error
+
+cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
+    cdef cppclass Sequence:
+        int length
+    cdef cppclass KvPool:
+        const Sequence& at(int64_t) except +raise_current_error
+        int live_sequences()
+        int total_blocks()
+        int free_blocks()
+
+cdef extern from "core/engine.h" namespace "ferrum" nogil:
+    cdef enum class LogitsWanted:
+        Nothing
+        Last
+        All
+    cdef cppclass EngineOptions:
+        int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
+        KvType kv_type
+        cbool poison_freed_kv
+    cdef cppclass EnginePlan:
+        EngineOptions options
+        uint64_t weights, weights_extra, kv, scratch
+    cdef cppclass EngineStats:
+        int64_t steps, tokens, logit_rows, failed_steps
+    cdef cppclass NativeChunk "ferrum::Chunk":
+        int64_t sequence
+        token_span tokens
+        LogitsWanted logits
+    EnginePlan make_plan(Model&, const Backend&, const EngineOptions&) except +raise_current_error
+    cdef cppclass NativeEngine "ferrum::Engine":
+        NativeEngine(unique_ptr[Model], unique_ptr[Backend], const EngineOptions&) except +raise_current_error
+        void step(chunks_span) except +raise_current_error
+        void prefill(const NativeChunk&, cbool (*)()) except +raise_current_error
+        void cancel()
+        int logit_rows()
+        shared_ptr[Buffer] logits()
+        void top_candidates(TopCandidatesArgs) except +raise_current_error
+        int candidate_limit()
+        void exclude_tokens(vector[int32_t])
+        void fork(int64_t, int64_t) except +raise_current_error
+        void release(int64_t) except +raise_current_error
+        void reset() except +raise_current_error
+        void reserve(int64_t, int) except +raise_current_error
+        void warm_up() except +raise_current_error
+        const ModelShape& shape()
+        ConfigList config()
+        const EnginePlan& plan()
+        const KvPool& pool()
+        string device()
+        const EngineStats& stats()

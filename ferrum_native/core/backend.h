@@ -1,0 +1,154 @@
+// The waist: what a device does for a model. Read this first.
+//
+// T tokens of the batch, S its sequences, L its logit rows, n rows of this call, H hidden, D head_dim, E experts, K top_k, F expert width.
+// Every op is mandatory on every backend and only enqueues; host memory is readable after `finish`. Arguments are validated by the engine
+// and the model: ops trust them. Weights of any type of `weight_types` are taken everywhere, norms are F32.
+#pragma once
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "batch.h"
+#include "error.h"
+#include "tensor.h"
+
+namespace ferrum {
+
+enum class KvType { F16, F32 };
+
+struct KvShape {
+  int layers, blocks, heads, head_dim;
+  KvType type;
+};
+
+struct HeadShape { int heads, kv_heads, head_dim; };
+
+/// Largest step that scratch must take.
+struct StepLimits {
+  int tokens, sequences, logit_rows;
+  int context;       // tokens of the longest sequence
+  HeadShape heads;
+  int largest_cols;  // of any matrix
+  int top_k;
+};
+
+struct EmbedArgs {
+  const Weight& table;  // [vocab, H]
+  Tensor out;           // [T, H]: rows of the batch's token ids
+};
+struct NormArgs {
+  Tensor residual;      // [n, H]: residual += delta, if there is one
+  const Tensor* delta;  // [n, H] or null
+  const Weight& weight; // [H]
+  float eps;
+  int rows;             // n
+  Activation& out;      // [n, H]: residual / rms(residual) * weight
+};
+struct LinearArgs {
+  const Activation& x;                      // [n, C]
+  int rows;                                 // n
+  std::span<const Weight* const> weights;   // one to three of [R_i, C], each of its own type
+  Tensor out;                               // [n, R_1 + R_2 + ...], side by side
+};
+struct QkNormRopeCacheArgs {
+  Tensor qkv;            // [T, (heads + 2 kv_heads) D]: q, k, v side by side
+  const Weight* q_norm;  // [D] or null
+  const Weight* k_norm;  // [D] or null
+  float eps;
+  HeadShape shape;
+  int rotary_dim;        // leading values of a head that are rotated; value i pairs with i + rotary_dim / 2 (NEOX)
+  int layer;
+  Kv& kv;                // takes K and V at the batch's slots
+  Tensor q_out;          // [T, heads D]
+};
+struct AttentionArgs {
+  Tensor q;              // [T, heads D]
+  const Kv& kv;
+  int layer;
+  HeadShape shape;
+  float scale;
+  Activation& out;       // [T, heads D]: causal over the sequence's tokens up to the query's own
+};
+struct RouteArgs {
+  const Activation& x;   // [n, H]
+  int rows;              // n
+  const Weight& router;  // [E, H]
+  int top_k;
+  bool normalize;        // the K weights of a token sum to 1
+  Routing& out;          // K largest of softmax over all E; of equal ones the lowest expert first
+};
+struct ExpertsGateUpArgs {
+  const Activation& x;   // [n, H]
+  const Routing& routing;
+  const Weight& gate;    // [E, F, H]
+  const Weight& up;      // [E, F, H]
+  Activation& out;       // [n K, F]: silu(gate x) * (up x), row of a pair = token * K + k
+};
+struct ExpertsDownArgs {
+  const Activation& x;   // [n K, F]
+  const Routing& routing;
+  const Weight& down;    // [E, H, F]
+  Tensor out;            // [n, H]: weighted sum over k = 0 .. K-1 in this order
+};
+struct LogitEdit {
+  int32_t row, token;
+  float penalty, bias;   // logit' = (logit > 0 ? logit / penalty : logit * penalty) + bias
+};
+struct TopCandidatesArgs {
+  Tensor logits;                             // [L, vocab], left as it is
+  int count;                                 // n largest of each row, 1 .. vocab less the excluded
+  std::span<const int32_t> excluded;         // ids that are never candidates (rising), nor part of the sums
+  std::span<const LogitEdit> edits;          // applied before, in this order
+  std::span<const float> temperatures;       // [L], > 0
+  std::span<const int32_t> target_start;     // [L + 1] into targets, or empty
+  std::span<const int32_t> targets;          // ids whose logits (after edits) are wanted
+  int32_t* ids;                              // out [L, n], by falling logit, ties by rising id
+  float* values;                             // out [L, n]
+  double* log_sum_exp;                       // out [L]
+  double* log_sum_exp_at_temperature;        // out [L], of logits / temperature
+  float* target_logits;                      // out [targets]
+};
+struct BlockCopy { int32_t from, to; };
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string name() const = 0;  // as users read it: "cpu (avx2, 2 threads)"
+
+  // Memory. All of it is taken at construction; nothing is allocated in a step.
+  virtual std::unique_ptr<Weight> place_weight(const WeightTensor&) = 0;
+  virtual size_t extra_weight_bytes(const WeightTensor&) const = 0;  // beyond the mapping
+  virtual std::shared_ptr<Buffer> allocate(size_t bytes) = 0;        // visible to the host; zeroed
+  /// Rows whose products with weights of the `consumers`' types are taken.
+  virtual std::unique_ptr<Activation> make_activation(int rows, int cols, std::span<const WeightType> consumers) = 0;
+  virtual std::unique_ptr<Routing> make_routing(int rows, int top_k, int experts) = 0;
+  virtual std::unique_ptr<Kv> make_kv(const KvShape&) = 0;
+  virtual size_t activation_bytes(int rows, int cols, std::span<const WeightType> consumers) const = 0;
+  virtual size_t routing_bytes(int rows, int top_k, int experts) const = 0;
+  virtual size_t kv_bytes(const KvShape&) const = 0;
+  virtual size_t scratch_bytes(const StepLimits&) const = 0;  // the backend's own
+  virtual void reserve_scratch(const StepLimits&) = 0;
+
+  // A step: begin, ops, finish. `begin` uploads the batch, which stays alive until `finish`.
+  virtual void begin(const Batch&) = 0;
+  virtual void embed(const EmbedArgs&) = 0;
+  virtual void norm(const NormArgs&) = 0;
+  virtual void linear(const LinearArgs&) = 0;
+  virtual void qk_norm_rope_cache(const QkNormRopeCacheArgs&) = 0;
+  virtual void attention(const AttentionArgs&) = 0;
+  virtual void route(const RouteArgs&) = 0;
+  virtual void experts_gate_up(const ExpertsGateUpArgs&) = 0;
+  virtual void experts_down(const ExpertsDownArgs&) = 0;
+  /// out row i = x row of the batch's logit row i.
+  virtual void gather_rows(const Activation& x, Activation& out) = 0;
+  virtual void gather_rows(const Tensor& x, const Tensor& out) = 0;
+  virtual void top_candidates(const TopCandidatesArgs&) = 0;
+  virtual void copy_kv_blocks(Kv&, std::span<const BlockCopy>) = 0;
+  /// Fills blocks with NaN, so that a test sees every read of memory that was given back.
+  virtual void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) = 0;
+  /// The only wait; asynchronous device errors surface here.
+  virtual void finish() = 0;
+};
+
+}  // namespace ferrum

@@ -1,0 +1,105 @@
+// The engine: one model on one backend, its KV pool and its steps. Not thread-safe; the caller serialises.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "../models/model.h"
+#include "kv_pool.h"
+
+namespace ferrum {
+
+struct EngineOptions {
+  int kv_tokens = 0;          // capacity of the KV pool; 0: min(context length, 8192)
+  KvType kv_type = KvType::F16;
+  int max_sequences = 16;
+  int prefill_chunk = 512;    // prompt tokens of one step
+  int max_logit_rows = 0;     // rows of one call's logits; 0: max(max_sequences, 16)
+  bool poison_freed_kv = false;  // tests: blocks that become free are filled with NaN
+};
+
+/// The plan of an engine: options as they take effect and bytes, before anything is loaded.
+struct EnginePlan {
+  EngineOptions options;
+  int kv_blocks = 0, context = 0;  // context: tokens that one sequence can reach
+  uint64_t weights = 0, weights_extra = 0, kv = 0, scratch = 0;
+};
+
+enum class LogitsWanted : uint8_t { Nothing, Last, All };
+
+struct Chunk {
+  int64_t sequence;
+  std::span<const int32_t> tokens;
+  LogitsWanted logits;
+};
+
+struct EngineStats {
+  int64_t steps = 0, tokens = 0, logit_rows = 0, failed_steps = 0;
+};
+
+EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& options);
+
+class Engine {
+ public:
+  /// Checks everything against the plan, then maps the weights and takes all memory that steps will use.
+  Engine(std::unique_ptr<Model> model, std::unique_ptr<Backend> backend, const EngineOptions& options);
+  ~Engine();
+
+  /// Runs one ragged step of at most prefill_chunk + max_sequences tokens: every chunk advances, or none. Rows of logits in call order.
+  void step(std::span<const Chunk> chunks);
+  /// Appends a prompt of any length in steps of prefill_chunk. `should_stop` is asked between steps; a stopped or failed prefill leaves
+  /// the sequence as it was.
+  void prefill(const Chunk& prompt, const std::function<bool()>& should_stop);
+  /// Ends a running prefill at its next step.
+  void cancel() { cancelled_ = true; }
+
+  /// Logits of the last step: [rows, vocab_size] at the start of the buffer.
+  int logit_rows() const { return logit_rows_; }
+  const std::shared_ptr<Buffer>& logits() const { return logits_; }
+  /// `args.logits`, `excluded` and the outputs of `args` sized for logit_rows(); the rest is the caller's. Validated here.
+  void top_candidates(TopCandidatesArgs args);
+  int candidate_limit() const { return shape().vocab_size - static_cast<int>(excluded_.size()); }
+  void exclude_tokens(std::vector<int32_t> rising_ids) { excluded_ = std::move(rising_ids); }
+
+  void fork(int64_t source, int64_t target) { pool_.fork(source, target); }
+  void release(int64_t sequence);
+  void reset();
+  void reserve(int64_t sequence, int tokens);
+  /// Runs the shapes that will be used, and gives every block back.
+  void warm_up();
+
+  const ModelShape& shape() const { return model_->shape(); }
+  ConfigList config() const { return model_->config(); }
+  const EnginePlan& plan() const { return plan_; }
+  const KvPool& pool() const { return pool_; }
+  std::string device() const { return backend_->name(); }
+  const EngineStats& stats() const { return stats_; }
+
+ private:
+  void check(std::span<const Chunk> chunks) const;
+  void check_tokens(const Chunk& chunk) const;
+  void run(std::span<const Chunk> chunks, int first_logit_row);
+  void build_batch(std::span<const Chunk> chunks);
+  void append_to_batch(const Chunk& chunk, const Sequence& sequence);
+  void poison_freed();
+
+  EnginePlan plan_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Model> model_;
+  KvPool pool_;
+  std::unique_ptr<Kv> kv_;
+  std::shared_ptr<Buffer> logits_;
+  Batch batch_;
+  std::vector<Growth> growth_;
+  std::vector<BlockCopy> copies_;
+  std::vector<int32_t> excluded_;
+  int logit_rows_ = 0;
+  std::atomic<bool> cancelled_ = false;
+  EngineStats stats_;
+};
+
+}  // namespace ferrum

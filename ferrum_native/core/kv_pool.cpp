@@ -1,0 +1,153 @@
+#include "kv_pool.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace ferrum {
+
+KvPool::KvPool(int blocks, int max_sequences, int context_length)
+    : max_sequences_(max_sequences), context_length_(context_length), references_(static_cast<size_t>(blocks), 0) {
+  for (int32_t block = blocks; block-- > 0;) free_.push_back(block);
+  undo_.reserve(static_cast<size_t>(max_sequences));
+}
+
+const Sequence& KvPool::at(int64_t sequence) const {
+  auto found = sequences_.find(sequence);
+  if (found == sequences_.end())
+    throw Error(ErrorKind::UnknownSequence, "sequence " + std::to_string(sequence) + " is not live: it was never started with prefill, or was released.");
+  return found->second;
+}
+
+void KvPool::check_context(int64_t sequence, int length, int tokens) const {
+  if (tokens <= context_length_ - length) return;
+  throw Error(ErrorKind::ContextFull, "ContextFull: sequence " + std::to_string(sequence) + " has " + std::to_string(length) + " tokens and would grow by " + std::to_string(tokens) +
+                                          ", but the model's context length is " + std::to_string(context_length_) + ". Shorten the prompt or release the sequence.");
+}
+
+void KvPool::check_room(const Growth& subject, int need, int starting) const {
+  if (live_sequences() + starting > max_sequences_)
+    throw Error(ErrorKind::KvPoolExhausted, "KVPoolExhausted: sequence " + std::to_string(subject.sequence) + " would be one more than max_sequences=" + std::to_string(max_sequences_) +
+                                                " live sequences. Release a sequence or raise max_sequences.");
+  if (need <= free_blocks()) return;
+  throw Error(ErrorKind::KvPoolExhausted, "KVPoolExhausted: need " + std::to_string(need) + " blocks for sequence " + std::to_string(subject.sequence) + ", " + std::to_string(free_blocks()) + " are free (" +
+                                              std::to_string(total_blocks()) + " blocks of " + std::to_string(kv_block_tokens) + " tokens). Release a sequence or raise kv_tokens.");
+}
+
+int32_t KvPool::take_block() {
+  int32_t block = free_.back();
+  free_.pop_back();
+  references_[static_cast<size_t>(block)] = 1;
+  return block;
+}
+
+void KvPool::drop_block(int32_t block) {
+  if (--references_[static_cast<size_t>(block)] > 0) return;
+  free_.push_back(block);
+  if (track_freed_) freed_.push_back(block);
+}
+
+void KvPool::append_blocks(Sequence& sequence, size_t count) {
+  sequence.blocks.reserve(count);
+  while (sequence.blocks.size() < count) sequence.blocks.push_back(take_block());
+}
+
+bool KvPool::must_copy(const Sequence& sequence) const {
+  auto index = static_cast<size_t>(first_written(sequence));
+  return index < sequence.blocks.size() && references_[static_cast<size_t>(sequence.blocks[index])] > 1;
+}
+
+void KvPool::grow(std::span<const Growth> step, std::vector<BlockCopy>& copies) {
+  int need = 0, starting = 0;
+  for (const Growth& growth : step) {
+    auto found = sequences_.find(growth.sequence);
+    const Sequence empty, &sequence = found == sequences_.end() ? empty : found->second;
+    check_context(growth.sequence, sequence.length, growth.tokens);
+    starting += found == sequences_.end();
+    need += std::max(0, blocks_for(sequence.length + growth.tokens) - static_cast<int>(sequence.blocks.size())) + must_copy(sequence);
+    check_room(growth, need, starting);
+  }
+  copies.clear();
+  undo_.clear();
+  for (const Growth& growth : step) {
+    auto [entry, started] = sequences_.try_emplace(growth.sequence);
+    Sequence& sequence = entry->second;
+    Undo undo{growth.sequence, growth.tokens, started, sequence.blocks.size()};
+    if (must_copy(sequence)) {
+      undo.replaced = first_written(sequence);
+      int32_t& block = sequence.blocks[static_cast<size_t>(undo.replaced)];
+      undo.original = block;
+      block = take_block();
+      copies.push_back({undo.original, block});
+    }
+    append_blocks(sequence, std::max(sequence.blocks.size(), static_cast<size_t>(blocks_for(sequence.length + growth.tokens))));
+    undo_.push_back(undo);
+  }
+}
+
+void KvPool::commit() {
+  for (const Undo& undo : undo_) {
+    sequences_.at(undo.sequence).length += undo.tokens;
+    if (undo.replaced >= 0) drop_block(undo.original);
+  }
+  undo_.clear();
+}
+
+void KvPool::rollback() {
+  for (const Undo& undo : undo_) {
+    Sequence& sequence = sequences_.at(undo.sequence);
+    while (sequence.blocks.size() > undo.blocks) {
+      drop_block(sequence.blocks.back());
+      sequence.blocks.pop_back();
+    }
+    if (undo.replaced >= 0) {
+      drop_block(sequence.blocks[static_cast<size_t>(undo.replaced)]);
+      sequence.blocks[static_cast<size_t>(undo.replaced)] = undo.original;
+    }
+    if (undo.started) sequences_.erase(undo.sequence);
+  }
+  undo_.clear();
+}
+
+void KvPool::hold(int64_t id, int tokens, std::vector<BlockCopy>& copies) {
+  const Growth growth[] = {{id, tokens}};
+  grow(growth, copies);
+  undo_.front().tokens = 0;
+  commit();
+}
+
+void KvPool::fork(int64_t source, int64_t target) {
+  const Sequence& from = at(source);
+  if (live(target))
+    throw Error(ErrorKind::InvalidArgument, "sequence " + std::to_string(target) + " is live already and cannot be the target of a fork. Release it first or choose another number.");
+  check_room({target, 0}, 0, 1);
+  Sequence copy{from.length, {from.blocks.begin(), from.blocks.begin() + blocks_for(from.length)}};
+  for (int32_t block : copy.blocks) ++references_[static_cast<size_t>(block)];
+  sequences_.emplace(target, std::move(copy));
+}
+
+void KvPool::release(int64_t id) {
+  at(id);
+  auto entry = sequences_.extract(id);
+  for (int32_t block : entry.mapped().blocks) drop_block(block);
+}
+
+void KvPool::reset() {
+  while (!sequences_.empty()) release(sequences_.begin()->first);
+}
+
+void KvPool::truncate(int64_t id, int length, int blocks) {
+  auto found = sequences_.find(id);
+  if (found == sequences_.end()) return;
+  Sequence& sequence = found->second;
+  sequence.length = length;
+  while (static_cast<int>(sequence.blocks.size()) > blocks) {
+    drop_block(sequence.blocks.back());
+    sequence.blocks.pop_back();
+  }
+  if (length == 0 && blocks == 0) sequences_.erase(found);
+}
+
+std::vector<int32_t> KvPool::take_freed() { return std::exchange(freed_, {}); }
+
+}  // namespace ferrum

@@ -1,0 +1,175 @@
+#include "cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace ferrum::cpu {
+namespace {
+
+bool runs_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+struct Forms {
+  bool q8_32 = false, q8_256 = false;
+};
+
+Forms forms_for(std::span<const WeightType> consumers, bool float_activations) {
+  Forms forms;
+  if (float_activations) return forms;
+  for (WeightType type : consumers) {
+    forms.q8_32 |= info(type).form == ActivationForm::Q8_32;
+    forms.q8_256 |= info(type).form == ActivationForm::Q8_256;
+  }
+  return forms;
+}
+
+}  // namespace
+
+const Kernels& choose_kernels(const std::string& instruction_set) {
+  if (instruction_set == "scalar") return kernels_scalar;
+#if defined(__x86_64__)
+  if (runs_avx2() && (instruction_set.empty() || instruction_set == "avx2")) return kernels_avx2;
+#endif
+  if (instruction_set.empty()) return kernels_scalar;
+  throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx2 (x86-64 with AVX2, FMA and F16C) or scalar.");
+}
+
+CpuActivation::CpuActivation(int r, int c, bool with_q8_32, bool with_q8_256) : Activation(r, c), arena(bytes(r, c, with_q8_32, with_q8_256)) {
+  const size_t n = static_cast<size_t>(r) * static_cast<size_t>(c);
+  values = arena.take<float>(n);
+  if (with_q8_32) {
+    q8_32 = arena.take<int8_t>(n);
+    scale_32 = arena.take<float>(n / 32);
+  }
+  if (with_q8_256) {
+    q8_256 = arena.take<int8_t>(n);
+    scale_256 = arena.take<float>(n / 256);
+    sums_16 = arena.take<int16_t>(n / 16);
+  }
+}
+
+size_t CpuActivation::bytes(int r, int c, bool with_q8_32, bool with_q8_256) {
+  const size_t n = static_cast<size_t>(r) * static_cast<size_t>(c);
+  size_t total = Arena::bytes_for(n, sizeof(float));
+  if (with_q8_32) total += Arena::bytes_for(n, 1) + Arena::bytes_for(n / 32, sizeof(float));
+  if (with_q8_256) total += Arena::bytes_for(n, 1) + Arena::bytes_for(n / 256, sizeof(float)) + Arena::bytes_for(n / 16, sizeof(int16_t));
+  return total;
+}
+
+Column CpuActivation::column(int index) const {
+  const size_t at = static_cast<size_t>(index) * static_cast<size_t>(cols);
+  Column column{values + at, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (q8_32) column.q8_32 = q8_32 + at, column.scale_32 = scale_32 + at / 32;
+  if (q8_256) column.q8_256 = q8_256 + at, column.scale_256 = scale_256 + at / 256, column.sums_16 = sums_16 + at / 16;
+  return column;
+}
+
+void CpuActivation::pack(const Kernels& kernels, int index) {
+  const size_t at = static_cast<size_t>(index) * static_cast<size_t>(cols);
+  if (q8_32) kernels.quantize_q8_32(values + at, cols, q8_32 + at, scale_32 + at / 32);
+  if (q8_256) kernels.quantize_q8_256(values + at, cols, q8_256 + at, scale_256 + at / 256, sums_16 + at / 16);
+}
+
+CpuRouting::CpuRouting(int r, int k, int e) : top_k(k), experts(e), arena(bytes(r, k, e)) {
+  const size_t n = static_cast<size_t>(r), pair_count = n * static_cast<size_t>(k), E = static_cast<size_t>(e);
+  logits = arena.take<float>(n * E);
+  ids = arena.take<int32_t>(pair_count);
+  weights = arena.take<float>(pair_count);
+  start = arena.take<int32_t>(E + 1);
+  pairs = arena.take<int32_t>(pair_count);
+  active = arena.take<int32_t>(E);
+}
+
+size_t CpuRouting::bytes(int r, int k, int e) {
+  const size_t n = static_cast<size_t>(r), pair_count = n * static_cast<size_t>(k), E = static_cast<size_t>(e);
+  return Arena::bytes_for(n * E, 4) + 3 * Arena::bytes_for(pair_count, 4) + Arena::bytes_for(E + 1, 4) + Arena::bytes_for(E, 4);
+}
+
+CpuKv::CpuKv(const KvShape& s) : shape(s), keys(static_cast<size_t>(s.layers) * static_cast<size_t>(s.blocks) * block_bytes()), values(keys.bytes()) {}
+
+CpuBackend::CpuBackend(const CpuOptions& options)
+    : options_(options), kernels_(choose_kernels(options.instruction_set)), pool_(std::max(1, options.threads)) {}
+
+std::string CpuBackend::name() const {
+  return std::string("cpu (") + kernels_.name + ", " + std::to_string(pool_.threads()) + (pool_.threads() == 1 ? " thread)" : " threads)");
+}
+
+std::unique_ptr<Weight> CpuBackend::place_weight(const WeightTensor& tensor) {
+  const int index = weight_type_index(static_cast<int>(tensor.type));
+  return std::make_unique<CpuWeight>(tensor, options_.float_activations ? kernels_.dot_float[index] : kernels_.dot[index]);
+}
+
+std::unique_ptr<Activation> CpuBackend::make_activation(int rows, int cols, std::span<const WeightType> consumers) {
+  const Forms forms = forms_for(consumers, options_.float_activations);
+  return std::make_unique<CpuActivation>(rows, cols, forms.q8_32, forms.q8_256);
+}
+
+size_t CpuBackend::activation_bytes(int rows, int cols, std::span<const WeightType> consumers) const {
+  const Forms forms = forms_for(consumers, options_.float_activations);
+  return CpuActivation::bytes(rows, cols, forms.q8_32, forms.q8_256);
+}
+
+size_t CpuBackend::kv_bytes(const KvShape& s) const {
+  return 2 * static_cast<size_t>(s.layers) * static_cast<size_t>(s.blocks) * static_cast<size_t>(s.heads) * static_cast<size_t>(s.head_dim) * kv_block_tokens * (s.type == KvType::F16 ? 2 : 4);
+}
+
+size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const {
+  size_t total = 0;
+  auto piece = [&]<class T>(T*& pointer, size_t count) {
+    if (take) pointer = take->take<T>(count);
+    total += Arena::bytes_for(count, sizeof(T));
+  };
+  const auto T = static_cast<size_t>(limits.tokens), pairs = T * static_cast<size_t>(limits.top_k);
+  const int group = limits.heads.heads / limits.heads.kv_heads;
+  scratch.resize(static_cast<size_t>(pool_.threads()));
+  for (ThreadScratch& s : scratch) {
+    piece(s.dot, kernels_.dot_scratch_bytes(limits.largest_cols));
+    piece(s.out, T);
+    piece(s.products, pairs * expert_task_rows);
+    piece(s.attention, 2 * partial_floats(query_tile * group, limits.heads.head_dim));
+  }
+  const auto units = static_cast<size_t>(limits.sequences) * static_cast<size_t>(limits.heads.kv_heads);
+  piece(splits, units * static_cast<size_t>((limits.context + split_keys - 1) / split_keys) * partial_floats(group, limits.heads.head_dim));
+  piece(columns, pairs);
+  return total;
+}
+
+size_t CpuBackend::scratch_bytes(const StepLimits& limits) const {
+  std::vector<ThreadScratch> scratch;
+  float* splits;
+  Column* columns;
+  return visit_scratch(limits, nullptr, scratch, splits, columns);
+}
+
+void CpuBackend::reserve_scratch(const StepLimits& limits) {
+  arena_ = std::make_unique<Arena>(scratch_bytes(limits));
+  visit_scratch(limits, arena_.get(), scratch_, split_partials_, columns_);
+}
+
+void CpuBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) {
+  CpuKv& pool = static_cast<CpuKv&>(kv);
+  for (const BlockCopy& copy : copies)
+    for (int layer = 0; layer < pool.shape.layers; ++layer) {
+      const size_t from = pool.offset(layer, copy.from, 0), to = pool.offset(layer, copy.to, 0);
+      std::memcpy(pool.keys.host() + to, pool.keys.host() + from, pool.block_bytes());
+      std::memcpy(pool.values.host() + to, pool.values.host() + from, pool.block_bytes());
+    }
+}
+
+void CpuBackend::poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) {
+  CpuKv& pool = static_cast<CpuKv&>(kv);
+  for (int32_t block : blocks)
+    for (int layer = 0; layer < pool.shape.layers; ++layer) {  // bytes 0xff are a NaN in f16 and in f32
+      std::memset(pool.keys.host() + pool.offset(layer, block, 0), 0xff, pool.block_bytes());
+      std::memset(pool.values.host() + pool.offset(layer, block, 0), 0xff, pool.block_bytes());
+    }
+}
+
+}  // namespace ferrum::cpu

@@ -1,0 +1,194 @@
+// Products with Q6_K weights (BlockQ6_K in quant_types.h).
+
+/// q - 32, in -32..31.
+inline void unpack_values(const BlockQ6_K& block, int8_t q[256]) {
+  for (int half = 0; half < 2; ++half)
+    for (int group = 0; group < 4; ++group)
+      for (int i = 0; i < 32; ++i) {
+        int low = block.ql[64 * half + 32 * (group & 1) + i] >> (group < 2 ? 0 : 4) & 15;
+        int high = block.qh[32 * half + i] >> 2 * group & 3;
+        q[128 * half + 32 * group + i] = static_cast<int8_t>((low | high << 4) - 32);
+      }
+}
+
+inline void dequantize_q6_k(const std::byte* row, int k, float* out) {
+  for (int i = 0; i < k; i += 256, row += sizeof(BlockQ6_K)) {
+    auto block = load_block<BlockQ6_K>(row);
+    int8_t q[256];
+    unpack_values(block, q);
+    F8 d = set1(f16_to_float(block.d));
+    for (int j = 0; j < 256; j += 8) store(out + i + j, (d * set1(block.scales[j / 16])) * load_i8(q + j));
+  }
+}
+
+#if defined(FERRUM_SIMD_AVX2)
+
+struct Q6_K {
+  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ6_K), step_weights = 256;
+  static constexpr int tile_columns = tuning::tile_columns_q6_k;
+  static constexpr size_t qh_offset = offsetof(BlockQ6_K, qh), scales_offset = offsetof(BlockQ6_K, scales), d_offset = offsetof(BlockQ6_K, d);
+
+  /// Signed bytes `first` and `second` of each lane as a pair of int16.
+  static inline __m256i scale_pair(__m256i scales, int first, int second) {
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(scales, lane_bytes_as_high(first, second)), 8);
+  }
+  /// Four values of group 0..3, as in the comment of BlockQ6_K: unsigned bytes 0..63.
+  template <int Group> static inline __m256i values(__m256i ql, __m256i qh) {
+    const __m256i four = _mm256_set1_epi8(15), upper_two = _mm256_set1_epi8(48);
+    __m256i low = _mm256_and_si256(Group < 2 ? ql : _mm256_srli_epi16(ql, 4), four);
+    __m256i high = Group == 0 ? _mm256_slli_epi16(qh, 4) : Group == 1 ? _mm256_slli_epi16(qh, 2) : Group == 2 ? qh : _mm256_srli_epi16(qh, 2);
+    return _mm256_or_si256(low, _mm256_and_si256(high, upper_two));
+  }
+
+  /// The unsigned products of one group of a 16-quad: two vpmaddubsw (4 * 63 * 127 = 32004) fit an int16.
+  template <int Group, int C>
+  static inline void add_group(const __m256i ql[4], const __m256i qh[4], __m256i scale, const int8_t* const* y, int offset, __m256i* isum) {
+    __m256i q0 = values<Group>(ql[0], qh[0]), q1 = values<Group>(ql[1], qh[1]), q2 = values<Group>(ql[2], qh[2]), q3 = values<Group>(ql[3], qh[3]);
+    for (int c = 0; c < C; ++c) {
+      const int8_t* at = y[c] + offset;
+      __m256i first = _mm256_maddubs_epi16(q0, broadcast_4(at)), second = _mm256_maddubs_epi16(q2, broadcast_4(at + 8));
+      add_products_i16(first, q1, broadcast_4(at + 4));
+      add_products_i16(second, q3, broadcast_4(at + 12));
+      isum[c] = _mm256_add_epi32(isum[c], _mm256_add_epi32(_mm256_madd_epi16(scale, first), _mm256_madd_epi16(scale, second)));
+    }
+  }
+
+  template <int C> static void rows8(Rows8 rows, int k, const Column* columns, float* const* out) {
+    Prefetch prefetch = prefetch_after(rows);
+    __m256 acc[C];
+    for (int c = 0; c < C; ++c) acc[c] = _mm256_setzero_ps();
+    for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      __m256i scales[4];  // bytes are the scales of sub-blocks 4 g..4 g + 3
+      load_quads(rows, scales_offset, scales);
+      const int8_t* y[C];
+      __m256i isum[C];
+      for (int c = 0; c < C; ++c) {
+        y[c] = columns[c].q8_256 + i;
+        isum[c] = _mm256_setzero_si256();
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        __m256i pair = scale_pair(scales[j / 2], 2 * (j & 1), 2 * (j & 1) + 1);
+        for (int c = 0; c < C; ++c) isum[c] = _mm256_add_epi32(isum[c], _mm256_madd_epi16(pair, broadcast_4(columns[c].sums_16 + i / 16 + 2 * j)));
+      }
+      for (int c = 0; c < C; ++c) isum[c] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(isum[c], 5));
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+          prefetch.ahead<8 * block_bytes / 4>();
+          __m256i ql[4], qh[4];
+          load_quads(rows, qh_offset + static_cast<size_t>(32 * half + 16 * part), qh);
+          int offset = 128 * half + 16 * part;
+          load_quads(rows, static_cast<size_t>(64 * half + 16 * part), ql);
+          add_group<0, C>(ql, qh, scale_pair(scales[2 * half], part, part), y, offset, isum);
+          add_group<2, C>(ql, qh, scale_pair(scales[2 * half + 1], part, part), y, offset + 64, isum);
+          load_quads(rows, static_cast<size_t>(64 * half + 32 + 16 * part), ql);
+          add_group<1, C>(ql, qh, scale_pair(scales[2 * half], 2 + part, 2 + part), y, offset + 32, isum);
+          add_group<3, C>(ql, qh, scale_pair(scales[2 * half + 1], 2 + part, 2 + part), y, offset + 96, isum);
+        }
+      __m256 d = load_f16_of_rows(rows, d_offset);
+      for (int c = 0; c < C; ++c) acc[c] = add_block(acc[c], columns[c].scale_256[i / 256], d, isum[c]);
+    }
+    for (int c = 0; c < C; ++c) _mm256_storeu_ps(out[c], acc[c]);
+  }
+
+  static inline __m256 add_block(__m256 acc, float d_y, __m256 d, __m256i isum) {
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(d_y), d), _mm256_cvtepi32_ps(isum), acc);
+  }
+
+  /// One block of 16 rows; [2] is rows 0..7 and 8..15, lanes are rows.
+  struct alignas(64) Unpacked {
+    __m256i q[64][2];            // [k / 4]: four values, 0..63
+    __m256i scale[16][2];        // twice as int16
+    __m256i scale_pairs[8][2];   // of sub-blocks 2 j and 2 j + 1 as int16
+    __m256 d[2];
+  };
+
+  static void unpack(Rows8 low, Rows8 high, int, Unpacked& out) {
+    unpack_rows8(low, 0, out);
+    unpack_rows8(high, 1, out);
+  }
+  static inline void unpack_rows8(Rows8 rows, int h, Unpacked& out) {
+    __m256i scales[4];
+    load_quads(rows, scales_offset, scales);
+    for (int s = 0; s < 16; ++s) out.scale[s][h] = scale_pair(scales[s / 4], s & 3, s & 3);
+    for (int j = 0; j < 8; ++j) out.scale_pairs[j][h] = scale_pair(scales[j / 2], 2 * (j & 1), 2 * (j & 1) + 1);
+    for (int half = 0; half < 2; ++half)
+      for (int part = 0; part < 2; ++part) {
+        __m256i low[4], high[4], qh[4];
+        load_quads(rows, static_cast<size_t>(64 * half + 16 * part), low);
+        load_quads(rows, static_cast<size_t>(64 * half + 32 + 16 * part), high);
+        load_quads(rows, qh_offset + static_cast<size_t>(32 * half + 16 * part), qh);
+        for (int n = 0; n < 4; ++n) {
+          auto* quad = out.q + 32 * half + 4 * part + n;
+          quad[0][h] = values<0>(low[n], qh[n]);
+          quad[8][h] = values<1>(high[n], qh[n]);
+          quad[16][h] = values<2>(low[n], qh[n]);
+          quad[24][h] = values<3>(high[n], qh[n]);
+        }
+      }
+    out.d[h] = load_f16_of_rows(rows, d_offset);
+  }
+
+  template <int C> static void tile(const Unpacked& w, int, int i, const Column* columns, float (*sums)[16]) {
+    __m256i isum[C][2];
+    const int8_t* y[C];
+    for (int c = 0; c < C; ++c) {
+      y[c] = columns[c].q8_256 + i;
+      for (int h = 0; h < 2; ++h) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int j = 0; j < 8; ++j) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.scale_pairs[j][h], broadcast_4(columns[c].sums_16 + i / 16 + 2 * j)));
+        isum[c][h] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sum, 5));
+      }
+    }
+#pragma GCC unroll 1
+    for (int s = 0; s < 16; ++s)
+#pragma GCC unroll 2
+      for (int n = 4 * s; n < 4 * s + 4; n += 2)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          __m256i first = broadcast_4(y[c] + 4 * n), second = broadcast_4(y[c] + 4 * n + 4);
+          for (int h = 0; h < 2; ++h) {
+            __m256i a = _mm256_maddubs_epi16(w.q[n][h], first);
+            add_products_i16(a, w.q[n + 1][h], second);
+            isum[c][h] = _mm256_add_epi32(isum[c][h], _mm256_madd_epi16(w.scale[s][h], a));
+          }
+        }
+    for (int c = 0; c < C; ++c)
+      for (int h = 0; h < 2; ++h) {
+        float* sum = sums[c] + 8 * h;
+        _mm256_store_ps(sum, add_block(_mm256_load_ps(sum), columns[c].scale_256[i / 256], w.d[h], isum[c][h]));
+      }
+  }
+};
+
+inline void dot_q6_k(const DotArgs& args) { QuantizedDot<Q6_K>::dot(args); }
+
+#else
+
+inline void dot_q6_k(const DotArgs& args) {
+  for (int r = 0; r < args.rows; ++r) {
+    for (int c = 0; c < args.column_count; ++c) args.out[c][r] = 0;
+    const std::byte* at = args.weights + static_cast<size_t>(r) * args.row_bytes;
+    for (int b = 0; b < args.k / 256; ++b, at += sizeof(BlockQ6_K)) {
+      auto block = load_block<BlockQ6_K>(at);
+      float d = f16_to_float(block.d);
+      int8_t q[256];
+      unpack_values(block, q);
+      for (int c = 0; c < args.column_count; ++c) {
+        const Column& column = args.columns[c];
+        const int8_t* y = column.q8_256 + 256 * b;
+        int isum = 0;
+        for (int s = 0; s < 16; ++s) {
+          int sum = 0;
+          for (int i = 16 * s; i < 16 * s + 16; ++i) sum += q[i] * y[i];
+          isum += block.scales[s] * sum;
+        }
+        args.out[c][r] = fma(column.scale_256[b] * d, static_cast<float>(isum), args.out[c][r]);
+      }
+    }
+  }
+}
+
+#endif

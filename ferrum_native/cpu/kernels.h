@@ -1,0 +1,122 @@
+// The kernels of one instruction set: what the CPU backend's ops call inside their parallel loops.
+// Each isa_*.cpp compiles the same kernel sources under its own compiler flags and exports one table.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../core/quant_types.h"
+
+namespace ferrum::cpu {
+
+/// One activation vector of k values in the forms its consumers asked for; pointers of other forms are null.
+struct Column {
+  const float* values;    // [k]
+  const int8_t* q8_32;    // [k], value = scale_32[i / 32] * q8_32[i]
+  const float* scale_32;  // [k / 32]
+  const int8_t* q8_256;   // [k], value = scale_256[i / 256] * q8_256[i]; k is a multiple of 256
+  const float* scale_256; // [k / 256]
+  const int16_t* sums_16; // [k / 16], sum of q8_256 over 16 values
+};
+
+/// out[c][r] = weights[r] . columns[c], for `rows` consecutive weight rows.
+///
+/// The bits of out[c][r] depend on that row and that column alone, never on `rows`, on `column_count`, on the tile that computes them or
+/// on the instruction set. Per pair (row, column), all float32, `i*` exact in int32, blocks in ascending order, acc starts at 0:
+///   Q8_0:  acc = fma(d_w * d_y, float(isum), acc)                                             per 32-block
+///   Q4_K:  acc = fma(d_y, fma(d, float(isum), -(dmin * float(msum))), acc)                    per 256-block,
+///          isum = sum over s of scale[s] * (q . y)_s, msum = sum over s of min[s] * ysum_s
+///   Q6_K:  acc = fma(d_y * d, float(isum), acc)                                               per 256-block,
+///          isum = sum over s of scale[s] * ((q - 32) . y)_s
+///   float: 32 partial sums, partial j takes the k = j (mod 32) in ascending order by fma(w, y, partial) (a tail is padded with zeros);
+///          as four vectors v0..v3 of 8 lanes: reduce_add((v0 + v1) + (v2 + v3)).
+/// Float products of quantized weights first make w exactly as: Q8_0 d * q; Q4_K fma(d * scale, q, -(dmin * min)); Q6_K (d * scale) * (q - 32).
+struct DotArgs {
+  const std::byte* weights;  // first row; 2-byte aligned
+  size_t row_bytes;          // from one row to the next
+  int rows;                  // any number >= 1
+  int k;                     // a multiple of the type's block
+  const Column* columns;     // [column_count]
+  int column_count;
+  float* const* out;         // [column_count] pointers to [rows]
+  std::byte* scratch;        // dot_scratch_bytes(k), 64-byte aligned; this thread's own
+};
+using DotKernel = void (*)(const DotArgs&);
+
+constexpr int max_head_dim = 512;
+
+struct NormRowArgs {
+  float* residual;     // [size], residual += delta
+  const float* delta;  // [size] or null
+  const float* weight; // [size]
+  int size;
+  float eps;
+  float* out;          // [size] = residual / sqrt(mean of squares + eps) * weight
+};
+
+struct QkNormRopeArgs {
+  const float* in;       // [head_dim]
+  const float* weight;   // [head_dim], or null: no norm
+  const float* cos_sin;  // [rotary_dim]: cos of each pair, then sin of each
+  int head_dim, rotary_dim;
+  float eps;
+  float* out;            // [head_dim]: normed, then value i < rotary_dim / 2 rotated with value i + rotary_dim / 2
+};
+
+/// The part of one key range in the softmax of some queries of one kv head: online softmax over blocks of 16 keys in rising order.
+struct AttentionTileArgs {
+  const float* q;             // [queries], q_stride apart, each [group, head_dim]
+  size_t q_stride;            // floats
+  int queries, group;         // query heads of the kv head
+  int head_dim;               // a multiple of 8
+  int first_position;         // of the first query; they rise by one
+  float scale;
+  bool f16;                   // else f32
+  const std::byte* keys;      // of this kv head in block 0: [head_dim, 16]
+  const std::byte* values;    // [16, head_dim]
+  size_t block_bytes;         // from block to block
+  const int32_t* blocks;      // block of each 16 positions
+  int key_begin, key_end;     // absolute positions; key_begin is a multiple of 16
+  float* partial;             // out [queries * group, head_dim + 2]: weighted values, largest score, sum of weights
+};
+
+struct Kernels {
+  const char* name;  // "avx2", "scalar"
+
+  DotKernel dot[weight_type_count];        // activations in the form of the type
+  DotKernel dot_float[weight_type_count];  // float activations
+  size_t (*dot_scratch_bytes)(int k);
+
+  /// One row of a weight matrix as float: w made exactly as in dot_float.
+  void (*dequantize[weight_type_count])(const std::byte* row, int k, float* out);
+
+  /// d = max |x| / 127, q = round to nearest even of x * (127 / max |x|); a block of zeros has d = 0 and q = 0. k is a multiple of the block.
+  void (*quantize_q8_32)(const float* x, int k, int8_t* q, float* scale);
+  void (*quantize_q8_256)(const float* x, int k, int8_t* q, float* scale, int16_t* sums_16);
+
+  void (*norm)(const NormRowArgs&);
+  void (*qk_norm_rope)(const QkNormRopeArgs&);
+  /// Into place 0..15 of a kv head's block: [head_dim, 16] and [16, head_dim].
+  void (*write_key)(const float* key, int head_dim, bool f16, int place, std::byte* block);
+  void (*write_value)(const float* value, int head_dim, bool f16, int place, std::byte* block);
+  void (*attention_tile)(const AttentionTileArgs&);
+  /// total = total and partial together; a partial result without keys changes nothing.
+  void (*attention_combine)(float* total, const float* partial, int head_dim);
+  void (*attention_result)(const float* total, int head_dim, float* out);
+
+  void (*softmax)(float* x, int n);
+  void (*silu_product)(float* gate, const float* up, int n);  // gate = gate / (1 + exp(-gate)) * up
+  /// out[i] = sum over k of weights[k] * x[k * stride + i], k rising.
+  void (*weighted_sum)(const float* x, int stride, const float* weights, int count, int n, float* out);
+
+  /// First index in begin .. end - 1 whose value is above the threshold; `end` if there is none.
+  int (*next_greater)(const float* x, int begin, int end, float threshold);
+  /// Sum of exp((x - shift) * scale) in double.
+  double (*sum_exp)(const float* x, int n, double shift, double scale);
+};
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;  // AVX2, FMA and F16C
+#endif
+
+}  // namespace ferrum::cpu

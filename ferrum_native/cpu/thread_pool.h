@@ -1,0 +1,47 @@
+// The threads of one engine: a fixed set that shares out the tasks of one op at a time.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace ferrum::cpu {
+
+/// `run` hands task numbers to the calling thread and threads - 1 workers. Workers spin briefly for the next op, then sleep.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Calls f(task, thread) for every task in 0 .. tasks - 1, each once, in rising order of claiming; returns when all are done.
+  template <class F> void run(int tasks, F&& f) {
+    if (tasks <= 1 || workers_.empty()) {
+      for (int task = 0; task < tasks; ++task) f(task, 0);
+      return;
+    }
+    dispatch(tasks, [](void* function, int task, int thread) { (*static_cast<std::remove_reference_t<F>*>(function))(task, thread); }, &f);
+  }
+
+ private:
+  using Call = void (*)(void* function, int task, int thread);
+  void dispatch(int tasks, Call call, void* function);
+  void work(int thread);
+  void claim(int thread);
+
+  // The op under way. `call_` and `function_` are read only after a task was claimed: the op cannot end before that task is done, so a
+  // worker that wakes late finds either nothing to claim or a later op, whole.
+  Call call_ = nullptr;
+  void* function_ = nullptr;
+  alignas(64) std::atomic<uint64_t> claims_{0};  // tasks of the op << 32 | next task
+  alignas(64) std::atomic<int> unfinished_{0};   // tasks
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace ferrum::cpu

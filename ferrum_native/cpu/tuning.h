@@ -1,0 +1,18 @@
+// Where one way to compute a product becomes faster than another, measured on AVX2 cores (Zen 3 and 4) with two threads.
+#pragma once
+
+namespace ferrum::cpu::tuning {
+
+/// From this many columns on, 16 weight rows are unpacked into scratch, block by block, and reused over all columns;
+/// below, 8 rows are unpacked in registers for up to 4 columns at a time.
+inline constexpr int tile_columns_q4_k = 8;
+inline constexpr int tile_columns_q6_k = 6;
+inline constexpr int tile_columns_q8_0 = 8;
+
+/// Columns that share one unpacking: their activations (2 KB each at k = 2048) stay in the L2 cache over all rows of a call.
+inline constexpr int tile_columns_max = 128;
+
+/// From this many columns on, four rows and three columns of floats form one register tile.
+inline constexpr int tile_columns_float = 4;
+
+}  // namespace ferrum::cpu::tuning

@@ -1,0 +1,19 @@
+// Which backends there are: a device by name.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "core/backend.h"
+
+namespace ferrum {
+
+struct DeviceOptions {
+  std::string device = "auto";  // "auto", "cpu"
+  int threads = 1;
+  bool float_activations = false;
+  std::string instruction_set;  // of the CPU: "avx2", "scalar"; empty: the best
+};
+
+std::unique_ptr<Backend> make_backend(const DeviceOptions& options);
+
+}  // namespace ferrum

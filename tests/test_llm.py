@@ -1,0 +1,228 @@
+"""LLM: what a stream gives, why it ends, and that nothing is left behind."""
+
+import gc
+import random
+
+import numpy as np
+import pytest
+
+from ferrum import LLM, SamplingParams
+from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileError, OptionError, UnknownSequence
+from ferrum.sampling import full_row, sample
+
+PROMPT = "Once upon a time"
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(threads=1, kv_tokens=1024) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """After each test that uses it, the shared engine holds no sequence."""
+    yield
+    if "llm" in request.fixturenames:
+        assert live_sequences(request.getfixturevalue("llm")) == 0
+
+
+def live_sequences(llm):
+    return llm.engine.stats()["live_sequences"]
+
+
+def finish(stream):
+    pieces = list(stream)
+    completion = stream.completion
+    assert "".join(piece.text for piece in pieces) == completion.text
+    assert [piece.token_id for piece in pieces if piece.token_id is not None] == completion.token_ids
+    return completion
+
+
+def test_greedy_text_repeats_and_its_parts_agree(llm):
+    first, second = (finish(llm.stream(PROMPT, GREEDY)) for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.text == llm.tokenizer.decode(first.token_ids)
+    assert first.prompt == PROMPT
+    assert first.prompt_token_ids == llm.tokenizer.encode(PROMPT)
+    assert (first.finish_reason, first.stop_reason, first.notice) == ("length", None, None)
+    assert first.usage.completion_tokens == len(first.token_ids) == 24
+    assert first.usage.total_tokens == len(first.prompt_token_ids) + 24
+    assert first.usage.seed is None
+    assert 0 < first.timings.prefill_s <= first.timings.first_token_s
+    assert first.timings.decode_tokens_per_s == pytest.approx(23 / first.timings.decode_s)
+
+
+def test_token_ids_are_a_prompt_too(llm):
+    ids = llm.tokenizer.encode(PROMPT)
+    from_ids, from_text = finish(llm.stream(np.array(ids), GREEDY)), finish(llm.stream(PROMPT, GREEDY))
+    assert from_ids.token_ids == from_text.token_ids
+    assert from_ids.prompt is None
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(seed=11, max_tokens=40),
+    SamplingParams(seed=12, max_tokens=40, temperature=2.0),
+    SamplingParams(seed=13, max_tokens=40, temperature=1.0, top_k=20, top_p=0.9, min_p=0.02),
+])
+def test_sampled_text_is_the_rule_on_full_rows(llm, params):
+    uniform = random.Random(params.seed).random
+    ids = []
+    logits = llm.engine.prefill(1 << 20, llm.tokenizer.encode(PROMPT))
+    while True:
+        row = full_row(np.asarray(logits), llm.tokenizer.unused_ids)
+        ids.append(sample(row, params, uniform()))
+        if len(ids) == params.max_tokens or ids[-1] in llm.tokenizer.stop_ids:
+            break
+        logits = llm.engine.decode(1 << 20, ids[-1])
+    llm.engine.release(1 << 20)
+    assert finish(llm.stream(PROMPT, params)).token_ids == ids
+
+
+def test_a_seed_gives_the_same_text_whatever_runs_beside_it(llm):
+    params = SamplingParams(seed=5, temperature=1.0, max_tokens=20)
+    alone = finish(llm.stream(PROMPT, params))
+    first, other = llm.stream(PROMPT, params), llm.stream("The cat", SamplingParams(temperature=1.5, max_tokens=30))
+    for _ in zip(other, first):
+        pass
+    list(first)
+    other.close()
+    assert first.completion.token_ids == alone.token_ids
+
+
+def test_a_fresh_seed_is_reported_and_repeats_the_text(llm):
+    drawn = finish(llm.stream(PROMPT, SamplingParams(temperature=1.5, max_tokens=12)))
+    again = finish(llm.stream(PROMPT, SamplingParams(temperature=1.5, max_tokens=12, seed=drawn.usage.seed)))
+    assert again.token_ids == drawn.token_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    whole = finish(llm.stream(PROMPT, GREEDY)).text
+    stop = whole[8:15]
+    completion = finish(llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=24, stop=("never seen", stop))))
+    assert completion.text == whole[: whole.index(stop)]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert llm.tokenizer.decode(completion.token_ids).startswith(completion.text + stop)
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end(llm):
+    whole = finish(llm.stream(PROMPT, GREEDY)).text
+    completion = finish(llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=24, stop=(whole[-6:] + "\0",))))
+    assert completion.text == whole
+    assert completion.finish_reason == "length"
+
+
+def test_the_end_of_text_stops_and_shows_no_token(llm):
+    completion = finish(llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=900)))
+    last = completion.token_ids[-1]
+    assert completion.finish_reason == "stop"
+    assert last in llm.tokenizer.stop_ids
+    assert completion.stop_reason == (None if last == llm.tokenizer.eos_id else last)
+    assert completion.text == llm.tokenizer.decode(completion.token_ids[:-1])
+
+
+def test_a_closed_stream_keeps_its_text_and_releases_its_sequence(llm):
+    with llm.stream(PROMPT, GREEDY) as stream:
+        shown = next(stream).text + next(stream).text
+        assert stream.completion is None
+        assert live_sequences(llm) == 1
+    assert live_sequences(llm) == 0
+    assert stream.completion.finish_reason == "cancelled"
+    assert stream.completion.text.startswith(shown)
+    assert len(stream.completion.token_ids) == 2
+    assert list(stream) == []
+
+
+def test_a_stream_closed_before_its_start_is_cancelled(llm):
+    stream = llm.stream(PROMPT)
+    stream.close()
+    assert (stream.completion.finish_reason, stream.completion.token_ids) == ("cancelled", [])
+
+
+def test_a_dropped_stream_releases_its_sequence_without_the_cyclic_collector(llm):
+    gc.disable()
+    try:
+        stream = llm.stream(PROMPT)
+        next(stream)
+        del stream
+        assert live_sequences(llm) == 0
+    finally:
+        gc.enable()
+
+
+def test_an_exception_in_the_loop_releases_the_sequence(llm):
+    with pytest.raises(KeyboardInterrupt):
+        with llm.stream(PROMPT) as stream:
+            for _ in stream:
+                raise KeyboardInterrupt
+    assert live_sequences(llm) == 0
+    assert stream.completion.finish_reason == "cancelled"
+
+
+def test_a_sequence_released_by_others_is_an_error_and_the_llm_stays_usable(llm):
+    stream = llm.stream(PROMPT, GREEDY)
+    next(stream)
+    llm.engine.reset()
+    with pytest.raises(UnknownSequence):
+        next(stream)
+    assert len(finish(llm.stream(PROMPT, GREEDY)).token_ids) == 24
+
+
+def test_a_full_kv_pool_ends_the_text_with_a_notice():
+    with LLM(threads=1, kv_tokens=32) as llm:
+        whole = llm.engine.kv_capacity
+        completion = finish(llm.stream(PROMPT, SamplingParams(temperature=0)))
+        assert completion.finish_reason == "length"
+        assert completion.usage.total_tokens == whole + 1  # the last token needs no room
+        assert completion.notice == f"The KV cache of {whole} tokens is full. Raise kv_tokens (--kv-tokens) to go on."
+        assert live_sequences(llm) == 0
+
+
+def test_a_full_context_ends_the_text_with_a_notice():
+    with LLM(threads=1) as llm:
+        context = llm.engine.config["context_length"]
+        ids = (llm.tokenizer.encode("The cat sat. ") * context)[: context - 1]
+        completion = finish(llm.stream(ids, SamplingParams(temperature=0)))
+        assert (completion.finish_reason, len(completion.token_ids)) == ("length", 2)
+        assert completion.notice == f"The model's context of {context} tokens is full."
+        with pytest.raises(ContextFull, match=f"has {context + 1} tokens, the model's context holds {context}"):
+            llm.stream(ids + ids[:2])
+
+
+def test_a_prompt_longer_than_the_pool_is_refused_with_the_figures(llm):
+    with pytest.raises(KVPoolExhausted, match=r"has 1100 tokens, the KV cache holds 1024.*--kv-tokens 1124"):
+        llm.stream([5] * 1100, GREEDY)
+
+
+def test_an_empty_prompt_is_refused(llm):
+    for prompt in ("", []):
+        with pytest.raises(ValueError, match="empty"):
+            llm.stream(prompt)
+
+
+def test_a_closed_llm_says_so():
+    llm = LLM(threads=1, kv_tokens=64)
+    stream = llm.stream(PROMPT)
+    next(stream)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineClosed):
+        next(stream)
+    with pytest.raises(EngineClosed):
+        llm.stream(PROMPT)
+
+
+def test_options_come_from_arguments_then_environment(monkeypatch):
+    monkeypatch.setenv("FERRUM_KV_TOKENS", "64")
+    monkeypatch.setenv("FERRUM_KV_TYPE", "f32")
+    with LLM(kv_tokens=128, threads=1) as llm:
+        assert (llm.options["kv_tokens"], llm.options["kv_type"]) == (128, "f32")
+        assert (llm.sources["kv_tokens"], llm.sources["kv_type"]) == ("given", "environment")
+    with pytest.raises(OptionError, match="^kv_type is 'q4'"):
+        LLM(kv_type="q4")
+
+
+def test_a_missing_file_is_one_clear_error():
+    with pytest.raises(ModelFileError, match="no/such.gguf"):
+        LLM("no/such.gguf")

@@ -1,0 +1,69 @@
+"""Options: resolved flag, then environment, then default; errors name the place and what is allowed."""
+
+import os
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from ferrum.errors import OptionError
+from ferrum.options import DEFAULT_MODEL, EngineOptions, color_wanted, resolve, settings_of, variable_name
+from ferrum.sampling import SamplingParams
+
+
+def test_given_values_come_before_environment_before_defaults():
+    environ = {"FERRUM_KV_TOKENS": "4096", "FERRUM_KV_TYPE": "f32", "FERRUM_THREADS": ""}
+    model, options, sources = resolve(None, {"kv_tokens": 64, "device": None}, environ)
+    assert (options.kv_tokens, options.kv_type, options.threads) == (64, "f32", None)
+    assert (sources["kv_tokens"], sources["kv_type"], sources["threads"]) == ("given", "environment", "default")
+    assert (model, sources["model"]) == (DEFAULT_MODEL, "default")
+
+
+def test_model_comes_from_argument_then_environment():
+    environ = {"FERRUM_MODEL": os.path.join("~", "a.gguf")}
+    assert resolve("b.gguf", {}, environ).model == "b.gguf"
+    resolved = resolve(None, {}, environ)
+    assert (resolved.model, resolved.sources["model"]) == (os.path.expanduser("~/a.gguf"), "environment")
+
+
+def test_every_option_can_be_set_by_its_environment_variable():
+    for name, (field, rule) in settings_of(EngineOptions).items():
+        text = rule.choices[-1] if rule.choices else "7"
+        options = resolve(None, {}, {variable_name(name): text}).options
+        assert getattr(options, name) == rule.kind(text) != field.default
+
+
+@pytest.mark.parametrize("name, text", [
+    ("FERRUM_KV_TOKENS", "many"), ("FERRUM_KV_TOKENS", "0"), ("FERRUM_KV_TYPE", "q4"), ("FERRUM_THREADS", "1.5"),
+])
+def test_environment_errors_name_the_variable_the_value_and_what_is_allowed(name, text):
+    with pytest.raises(OptionError) as error:
+        resolve(None, {}, {name: text})
+    assert str(error.value).replace("'", "").startswith(f"{name} is {text}: expected ")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("kv_tokens", 0), ("kv_tokens", "64"), ("kv_type", "F16"), ("device", 3), ("threads", True), ("max_sequences", None),
+])
+def test_options_refuse_values_by_name(name, value):
+    with pytest.raises(OptionError, match=f"^{name} is .*: expected "):
+        EngineOptions(**{name: value})
+
+
+def test_options_are_frozen_values():
+    assert EngineOptions() == EngineOptions()
+    with pytest.raises(FrozenInstanceError):
+        EngineOptions().threads = 1
+
+
+def test_every_field_is_a_setting_with_help():
+    for cls in (EngineOptions, SamplingParams):
+        assert list(settings_of(cls)) == list(cls.__dataclass_fields__)
+        for name, (field, rule) in settings_of(cls).items():
+            assert rule.help and rule.expected(), name
+            assert field.default is not None or rule.default_text, name
+
+
+def test_color_is_off_where_the_user_says_so():
+    assert color_wanted({"TERM": "xterm"})
+    assert not color_wanted({"TERM": "xterm", "NO_COLOR": "1"})
+    assert not color_wanted({"TERM": "dumb"})

@@ -1,0 +1,184 @@
+"""Sampling: candidates give what the rule gives on a full sort, and stop strings never show."""
+
+import math
+import random
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings, strategies as st
+
+from ferrum.errors import DeviceError, OptionError
+from ferrum.sampling import CandidateRow, SamplingParams, StopChecker, candidate_count, full_row, sample
+
+LARGEST_U = 1 - 2**-53
+
+
+def full_sort_rule(logits, params, u, unused=()):
+    """The rule as sampling.py states it, step by step over every token."""
+    order = sorted((id for id in range(len(logits)) if id not in unused), key=lambda id: (-float(logits[id]), id))
+    if params.temperature == 0:
+        return order[0]
+    values = np.array([logits[id] for id in order], dtype=np.float64)
+    with np.errstate(all="ignore"):
+        weights = np.exp((values - values[0]) / params.temperature).tolist()
+    if params.top_k:
+        weights = weights[: params.top_k]
+    if params.top_p < 1:
+        whole = list(accumulate(weights))[-1]
+        sums = accumulate(weights)
+        weights = weights[: next(i for i, weight in enumerate(sums) if weight >= params.top_p * whole) + 1]
+    weights = [weight for weight in weights if weight >= params.min_p]
+    sums = list(accumulate(weights))
+    drawn = [i for i, weight in enumerate(sums) if weight > u * sums[-1]]
+    return order[drawn[0]] if drawn else order[max(i for i, weight in enumerate(weights) if weight > 0)]
+
+
+def candidates_of(logits, n, temperature, unused=(), log_sum_error=0.0):
+    """What the engine gives: the n largest and the log-sum-exp, which may be off by a little."""
+    row = full_row(logits, unused)
+    values = row.logits.astype(np.float64) / np.float64(np.float32(temperature or 1.0))
+    log_sum_exp = values[0] + math.log(np.exp(values - values[0]).sum()) + log_sum_error
+    n = min(n, len(row.ids))
+    return CandidateRow(row.ids[:n], row.logits[:n], len(row.ids) - n, log_sum_exp)
+
+
+spread_logits = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=200)
+tied_logits = st.lists(st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 8.0]), min_size=1, max_size=200)
+near_logits = st.lists(st.integers(0, 40).map(lambda i: 1.0 + i * 2.0**-20), min_size=1, max_size=200)
+uniforms = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, LARGEST_U]), st.floats(0, LARGEST_U))
+sampling_params = st.builds(
+    SamplingParams,
+    temperature=st.one_of(st.sampled_from([0.0, 1e-6, 0.01, 0.5, 0.7, 1.0, 5.0]), st.floats(1e-3, 20)),
+    top_k=st.one_of(st.just(0), st.integers(1, 250)),
+    top_p=st.one_of(st.just(1.0), st.sampled_from([1e-9, 0.5, 0.9, 0.95]), st.floats(0.001, 1.0)),
+    min_p=st.one_of(st.just(0.0), st.sampled_from([0.05, 0.5, 1.0]), st.floats(0, 1)),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.one_of(spread_logits, tied_logits, near_logits), sampling_params, uniforms, st.integers(1, 210),
+    st.sets(st.integers(0, 199), max_size=20), st.floats(-5e-6, 5e-6),
+)
+@example([0.0] * 8, SamplingParams(temperature=1.0), 0.5, 4, set(), 0.0)
+@example([0.0] * 8, SamplingParams(temperature=1.0), LARGEST_U, 8, set(), 0.0)
+@example([1.0, 0.0, 0.0, 0.0], SamplingParams(temperature=1.0, top_k=3, top_p=0.9), 0.9, 2, set(), 0.0)
+def test_candidates_decide_as_the_full_sort_or_not_at_all(logits, params, u, n, unused, log_sum_error):
+    logits = np.array(logits, dtype=np.float32)
+    assume(any(id not in unused and logits[id] > -math.inf for id in range(len(logits))))
+    expected = full_sort_rule(logits, params, u, unused)
+    assert sample(full_row(logits, unused), params, u) == expected
+    from_candidates = sample(candidates_of(logits, n, params.temperature, unused, log_sum_error), params, u)
+    assert from_candidates in (None, expected)
+    if n >= len(logits) or params.temperature == 0 or params.top_k == 1:
+        assert from_candidates == expected
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.0, top_p=0.95),
+    SamplingParams(temperature=1.0, top_k=40, top_p=0.9, min_p=0.05),
+    SamplingParams(temperature=1.5, min_p=0.1),
+    SamplingParams(temperature=1.0, top_k=100),
+])
+def test_candidates_decide_nearly_every_draw(params):
+    rng = np.random.default_rng(5)
+    undecided = 0
+    for _ in range(300):
+        logits = (rng.standard_normal(4000) * 3).astype(np.float32)
+        row = candidates_of(logits, candidate_count(params), params.temperature)
+        u = rng.random()
+        token = sample(row, params, u)
+        undecided += token is None
+        assert token in (None, full_sort_rule(logits, params, u))
+    tail = 1 - np.exp(row.logits.astype(float) / params.temperature - row.log_sum_exp).sum()
+    assert undecided <= 300 * max(0.02, 2 * tail)
+
+
+def test_a_nucleus_longer_than_the_candidates_is_decided_inside_them():
+    logits = np.zeros(1000, dtype=np.float32)
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    assert sample(candidates_of(logits, 64, 1.0), params, 0.101) == 50
+    assert sample(candidates_of(logits, 64, 1.0), params, 0.5) is None
+
+
+def test_greedy_takes_the_lowest_id_of_equal_logits():
+    logits = np.array([1, 3, 3, 2], dtype=np.float32)
+    assert sample(full_row(logits), SamplingParams(temperature=0), 0.99) == 1
+    assert sample(full_row(logits, {1}), SamplingParams(temperature=0), 0.99) == 2
+
+
+def test_a_log_sum_exp_out_of_range_is_replaced_by_bounds():
+    logits = np.array([5, 4, 3, 2, 1], dtype=np.float32)
+    for temperature in (1e-300, 1e-320, 1e-12):
+        row = CandidateRow(np.arange(2), logits[:2], 3, math.nan)
+        assert sample(row, SamplingParams(temperature=temperature), 0.999) == 0
+
+
+def test_draws_follow_the_probabilities():
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1])).astype(np.float32)
+    params = SamplingParams(temperature=1)
+    uniform = random.Random(1).random
+    counts = np.zeros(4)
+    for _ in range(4000):
+        counts[sample(full_row(logits), params, uniform())] += 1
+    assert np.abs(counts / 4000 - [0.5, 0.25, 0.15, 0.1]).max() < 0.03
+
+
+@pytest.mark.parametrize("logits", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
+def test_logits_that_are_not_finite_are_an_error(logits):
+    with pytest.raises(DeviceError, match="not finite"):
+        sample(full_row(np.array(logits, dtype=np.float32)), SamplingParams(), 0.5)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"), ("temperature", -0.1), ("temperature", 1001),
+    ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1),
+    ("seed", -1), ("seed", 1 << 64), ("stop", [""]), ("stop", [3]),
+])
+def test_params_refuse_values_by_name(field, value):
+    with pytest.raises(OptionError, match=rf"^{field} is .*: expected "):
+        SamplingParams(**{field: value})
+
+
+def test_params_take_what_callers_have():
+    params = SamplingParams(max_tokens=np.int64(3), temperature=1, stop="end")
+    assert (params.max_tokens, params.temperature, params.stop) == (3, 1.0, ("end",))
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def first_complete_stop(text, stops):
+    """Where the stop string that is complete first starts, by looking at every end; None if there is none."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return end - len(longest), longest
+    return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.text("abA ", max_size=4), max_size=12),
+    st.lists(st.text("abA ", min_size=1, max_size=5), max_size=4),
+)
+@example(["aa", "b"], ["aab", "ab"])
+@example(["ab", "ab", "x"], ["abac"])
+def test_stop_strings_cut_where_a_search_of_the_whole_text_finds_them(pieces, stops):
+    checker = StopChecker(stops)
+    shown = ""
+    whole = "".join(pieces)
+    found = first_complete_stop(whole, stops)
+    for piece in pieces:
+        shown += checker.push(piece)
+        assert whole.startswith(shown)
+        assert found is None or len(shown) <= found[0]
+    shown += checker.flush()
+    assert shown == (whole if found is None else whole[: found[0]])
+    assert checker.matched == (None if found is None else found[1])
+
+
+def test_text_is_held_back_only_while_a_stop_string_is_possible():
+    checker = StopChecker(["\n\nEnd"])
+    assert [checker.push(piece) for piece in ["The", "\n", "\n", "E", "arth"]] == ["The", "", "", "", "\n\nEarth"]

@@ -1,0 +1,249 @@
+"""Small random GGUF files of arch qwen3moe, equal for equal seeds: everything a real file has, in a megabyte or a few.
+
+Weights are scaled so that activations stay near 1 and logits spread with a standard deviation of about 2.5. K-quant tensors are random blocks that
+use every bit pattern of the format; other types are the rounded values of Gaussian weights.
+"""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+
+from reference import dequantize
+
+LOGIT_STD = 2.5
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+USER_DEFINED_TOKENS = ("<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+WORDS = ("the and to of was in he she it that they said you on with little day one his her had for not but once upon time there big dog cat tree "
+         "went home happy saw play very friend were from").split()
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Shape of a tiny model; head_dim is not hidden / heads, as in the real ones."""
+
+    layers: int = 3
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 128
+    experts: int = 8
+    top_k: int = 3
+    expert_ffn: int = 256
+    vocab: int = 512
+    context: int = 4096
+    rope_theta: float = 1_000_000.0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens in id order with their GGUF types, and the merges in rank order."""
+
+    tokens: list[str]
+    types: list[gguf.TokenType]
+    merges: list[str]
+
+    @property
+    def num_normal(self):
+        """Ids below this are bytes and merged pieces."""
+        return sum(kind == gguf.TokenType.NORMAL for kind in self.types)
+
+
+def byte_characters():
+    """The printable character of each byte in byte-level BPE (GPT-2): itself where printable, else 256 + running number."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + unprintable.index(byte)) for byte in range(256)]
+
+
+def make_vocabulary(size):
+    """Byte-level BPE of `size` tokens: bytes, pieces of a few English words, control and user-defined tokens, then unused [PADn]."""
+    alphabet = byte_characters()
+    room = size - len(alphabet) - len(CONTROL_TOKENS) - len(USER_DEFINED_TOKENS)
+    if room < 0:
+        raise ValueError(f"a vocabulary needs {size - room} tokens for the bytes and special tokens, got {size}")
+    pieces, merges = [], []
+    for word in WORDS:
+        left = alphabet[ord(" ")]
+        for character in word:
+            if left + character not in pieces:
+                pieces.append(left + character)
+                merges.append(f"{left} {character}")
+            left += character
+    pieces, merges = pieces[:room], merges[:room]
+    tokens = [*alphabet, *pieces, *CONTROL_TOKENS, *USER_DEFINED_TOKENS]
+    padding = [f"[PAD{n}]" for n in range(len(tokens), size)]
+    types = ([gguf.TokenType.NORMAL] * (len(alphabet) + len(pieces)) + [gguf.TokenType.CONTROL] * len(CONTROL_TOKENS)
+             + [gguf.TokenType.USER_DEFINED] * len(USER_DEFINED_TOKENS) + [gguf.TokenType.UNUSED] * len(padding))
+    return Vocabulary(tokens + padding, types, merges)
+
+
+def random_token_ids(config, count, seed=0):
+    """`count` ids of normal tokens."""
+    return np.random.default_rng(seed).integers(0, make_vocabulary(config.vocab).num_normal, count).tolist()
+
+
+def random_blocks(weight_type, shape, std, rng):
+    """Random valid Q4_K or Q6_K blocks, uint8 [..., bytes of a row], whose values have mean about 0 and standard deviation `std`."""
+    columns = shape[-1]
+    if columns % 256:
+        raise ValueError(f"{weight_type} rows are multiples of 256 values, got {columns}")
+    count = int(np.prod(shape)) // 256
+    blocks = np.frombuffer(rng.bytes(count * {"Q4_K": 144, "Q6_K": 210}[weight_type]), dtype=np.uint8).reshape(count, -1).copy()
+    spread = rng.uniform(0.8, 1.25, count)
+    set_block_scale(blocks, weight_type, spread)
+    with np.errstate(all="ignore"):
+        spread *= std / np.sqrt(np.mean(dequantize(blocks, weight_type) ** 2))
+    set_block_scale(blocks, weight_type, spread)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def set_block_scale(blocks, weight_type, d):
+    """Write the float16 scale d of each block; for Q4_K also dmin = 7.5 d, so that a mean minimum meets a mean product."""
+    if weight_type == "Q4_K":
+        blocks[:, 0:2] = d.astype("<f2").view(np.uint8).reshape(-1, 2)
+        blocks[:, 2:4] = (7.5 * d).astype("<f2").view(np.uint8).reshape(-1, 2)
+    else:
+        blocks[:, 208:210] = d.astype("<f2").view(np.uint8).reshape(-1, 2)
+
+
+def random_tensor(weight_type, shape, std, rng):
+    """Random weights of any supported type, as the array a GGUFWriter takes."""
+    if weight_type in ("Q4_K", "Q6_K"):
+        return random_blocks(weight_type, shape, std, rng)
+    values = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[weight_type])
+
+
+def more_bits(layer, layers):
+    """Whether a Q4_K_M file keeps this layer's attn_v and ffn_down in Q6_K: the first and last eighth, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def type_of(name, types, config, tied):
+    """The type of a matrix: `types` names a mix, or maps full names or kinds ('attn_v', 'output', ...) or 'default' to types."""
+    parts = name.split(".")
+    kind = parts[-2]
+    if not isinstance(types, str):
+        return types.get(name, types.get(kind, types.get("default", "F32")))
+    if types != "Q4_K_M":
+        return types
+    if kind == "output" or (kind == "token_embd" and tied):
+        return "Q6_K"
+    return "Q6_K" if kind in ("attn_v", "ffn_down_exps") and more_bits(int(parts[1]), config.layers) else "Q4_K"
+
+
+def matrices(config, tied):
+    """(name, shape, standard deviation) of every weight that may be quantized."""
+    c = config
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    yield "token_embd.weight", (c.vocab, c.hidden), LOGIT_STD * c.hidden ** -0.5 if tied else 1.0
+    if not tied:
+        yield "output.weight", (c.vocab, c.hidden), LOGIT_STD * c.hidden ** -0.5
+    for layer in range(c.layers):
+        prefix = f"blk.{layer}."
+        yield prefix + "attn_q.weight", (queries, c.hidden), c.hidden ** -0.5
+        yield prefix + "attn_k.weight", (keys, c.hidden), c.hidden ** -0.5
+        yield prefix + "attn_v.weight", (keys, c.hidden), c.hidden ** -0.5
+        yield prefix + "attn_output.weight", (c.hidden, queries), queries ** -0.5
+        yield prefix + "ffn_gate_exps.weight", (c.experts, c.expert_ffn, c.hidden), c.hidden ** -0.5
+        yield prefix + "ffn_up_exps.weight", (c.experts, c.expert_ffn, c.hidden), c.hidden ** -0.5
+        yield prefix + "ffn_down_exps.weight", (c.experts, c.hidden, c.expert_ffn), 2 * c.expert_ffn ** -0.5
+
+
+def float_tensors(config, rng):
+    """(name, float32 values) of the norms and routers, which are F32 in every file."""
+    c = config
+
+    def around(mean, size):
+        return (mean + 0.1 * rng.standard_normal(size)).astype(np.float32)
+
+    yield "output_norm.weight", around(1.0, c.hidden)
+    for layer in range(c.layers):
+        prefix = f"blk.{layer}."
+        yield prefix + "attn_norm.weight", around(1.0, c.hidden)
+        yield prefix + "attn_q_norm.weight", around(1.2, c.head_dim)
+        yield prefix + "attn_k_norm.weight", around(1.2, c.head_dim)
+        yield prefix + "ffn_norm.weight", around(1.0, c.hidden)
+        yield prefix + "ffn_gate_inp.weight", (1.5 * c.hidden ** -0.5 * rng.standard_normal((c.experts, c.hidden))).astype(np.float32)
+
+
+def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=False, rope_scaling=None):
+    """Write a random model to `path` and return the path.
+
+    types is 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K' for every matrix, 'Q4_K_M' for that mix of Q4_K and Q6_K, or a mapping (see `type_of`).
+    tied leaves output.weight out. rope_scaling is a `reference.RopeScaling`.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    write_metadata(writer, config, rope_scaling)
+    write_vocabulary(writer, make_vocabulary(config.vocab))
+    for name, values in float_tensors(config, rng):
+        writer.add_tensor(name, values)
+    for name, shape, std in matrices(config, tied):
+        weight_type = type_of(name, types, config, tied)
+        writer.add_tensor(name, random_tensor(weight_type, shape, std, rng), raw_dtype=gguf.GGMLQuantizationType[weight_type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_metadata(writer, config, rope_scaling):
+    c = config
+    writer.add_name("tiny random model")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(c.context)
+    writer.add_embedding_length(c.hidden)
+    writer.add_block_count(c.layers)
+    writer.add_feed_forward_length(3 * c.hidden)
+    writer.add_expert_feed_forward_length(c.expert_ffn)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.eps)
+    writer.add_expert_count(c.experts)
+    writer.add_expert_used_count(c.top_k)
+    if rope_scaling is None:
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope_scaling.kind))
+    writer.add_rope_scaling_factor(rope_scaling.factor)
+    if rope_scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope_scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(rope_scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope_scaling.beta_slow)
+    if rope_scaling.attention_factor != 1:
+        writer.add_rope_scaling_attn_factors(rope_scaling.attention_factor)
+
+
+def write_vocabulary(writer, vocabulary):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types([int(kind) for kind in vocabulary.types])
+    writer.add_token_merges(vocabulary.merges)
+    end_of_text, end_of_turn = vocabulary.tokens.index("<|endoftext|>"), vocabulary.tokens.index("<|im_end|>")
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_turn)
+    writer.add_eot_token_id(end_of_turn)
+    writer.add_pad_token_id(end_of_text)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def tensor_digest(path):
+    """SHA-256 over the names and bytes of all tensors: tells whether two files hold the same weights."""
+    digest = hashlib.sha256()
+    for tensor in sorted(gguf.GGUFReader(path).tensors, key=lambda tensor: tensor.name):
+        digest.update(tensor.name.encode())
+        digest.update(np.ascontiguousarray(tensor.data).tobytes())
+    return digest.hexdigest()
