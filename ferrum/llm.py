@@ -104,8 +104,8 @@ class Stream:
         return next(self._pieces)
 
     @property
-    def completion(self) -> Completion | None:
-        """The result, once the stream has ended or was closed; None before."""
+    def completion(self) -> Completion:
+        """The result, once the stream has ended or was closed; RuntimeError before."""
         return self._progress.completion()
 
     def close(self) -> None:
@@ -233,9 +233,10 @@ class LLM:
                 yield Piece(text, token)
                 if progress.finish_reason is not None:
                     break
-                token = self._next_token(sequence, token, params, uniform, progress)
-                if token is None:
+                following = self._next_token(sequence, token, params, uniform, progress)
+                if following is None:
                     break
+                token = following
             if rest := self._rest(detokenizer, checker, progress):
                 yield Piece(rest, None)
         finally:
@@ -282,6 +283,7 @@ class LLM:
         token = sample(row, params, u)
         if token is None:
             token = sample(full_row(np.asarray(logits), self._unused_ids), params, u)
+        assert token is not None  # a full row decides every draw
         return token
 
     @staticmethod
@@ -323,9 +325,9 @@ class _Progress:
         self.end("cancelled")
         self.finished = True
 
-    def completion(self) -> Completion | None:
-        if not self.finished:
-            return None
+    def completion(self) -> Completion:
+        if not self.finished or self.finish_reason is None:
+            raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its completion.")
         prompt_tokens, tokens = len(self.prompt_token_ids), len(self.token_ids)
         return Completion(
             prompt=self.prompt,

@@ -216,16 +216,3 @@ def color_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the user lets a terminal show colour (https://no-color.org)."""
     environ = os.environ if environ is None else environ
     return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: its affinity and, in a container, the CPU quota of its control group."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no control group v2: the affinity is all there is
-    return cpus

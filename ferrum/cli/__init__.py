@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            note("")  # the shell's prompt starts on its own line
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         close_quietly()

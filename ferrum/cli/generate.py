@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
@@ -119,34 +119,40 @@ def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
 
 def _statistics(completion: Completion) -> str:
     usage, timings = completion.usage, completion.timings
-    parts = []
+    decoded = max(usage.completion_tokens - 1, 0)  # the first token comes from the prefill
+    parts = [f"prefill {_tokens(usage.prompt_tokens)}"]
     if usage.completion_tokens:
-        decoded = usage.completion_tokens - 1
-        parts.append(f"prefill {usage.prompt_tokens} tokens at {timings.prefill_tokens_per_s:.0f} tok/s")
-        parts.append(f"decode {decoded} tokens at {timings.decode_tokens_per_s:.1f} tok/s" if decoded else "decode 0 tokens")
-        parts.append(f"first token after {timings.first_token_s:.2f} s")
-    else:
-        parts.append(f"prompt of {usage.prompt_tokens} tokens, none generated")
-    return f"[{', '.join(parts)}; {_ending(completion)}]"
+        parts[0] += f" {_rate(timings.prefill_tokens_per_s)}"
+        parts.append(f"decode {_tokens(decoded)}" + (f" {_rate(timings.decode_tokens_per_s)}" if decoded else ""))
+        first = timings.first_token_s
+        parts.append(f"first token {first * 1000:.0f} ms" if first < 1 else f"first token {first:.1f} s")
+    return f"[{', '.join(parts)}, {_ending(completion)}]"
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.0f}/s" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}/s"
 
 
 def _ending(completion: Completion) -> str:
+    """Why the text ended."""
     if completion.finish_reason == "cancelled":
-        return "ended by Ctrl-C"
+        return "Ctrl-C"
     if completion.notice:
         return completion.notice.rstrip(".")
     if completion.finish_reason == "length":
-        return f"ended at {completion.usage.completion_tokens} tokens (-n)"
+        return f"limit of {_tokens(completion.usage.completion_tokens)} (-n)"
     if isinstance(completion.stop_reason, str):
-        return f"ended at stop string {completion.stop_reason!r}"
+        return f"stop string {completion.stop_reason!r}"
     return "end of text"
 
 
 def _json_line(completion: Completion) -> str:
     """prompt, text, token_ids, finish_reason, stop_reason, notice, usage, timings."""
-    values = asdict(replace(completion, prompt_token_ids=[]))
-    del values["prompt_token_ids"]
-    return json.dumps(values)
+    return json.dumps({name: value for name, value in asdict(completion).items() if name != "prompt_token_ids"})
 
 
 def _log_to_stderr() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, given_settings
@@ -76,6 +77,7 @@ def describe(file: GGUFFile, resolved: Resolved) -> dict[str, Any]:
         "gguf_version": file.version,
         "architecture": file.metadata.get("general.architecture"),
         "name": file.metadata.get("general.name"),
+        "device": planned["device"] if planned else None,
         "config": _plain(planned["config"] if planned else _shapes(file)),
         "tensor_types": _tensor_types(file),
         "vocabulary": vocabulary,
@@ -133,16 +135,17 @@ def _vocabulary(file: GGUFFile) -> dict[str, Any]:
         tokenizer = Tokenizer.from_gguf(file)
     except ModelFileError as error:
         tokens = file.metadata.get("tokenizer.ggml.tokens")
-        return {"size": len(tokens) if hasattr(tokens, "__len__") else None, "error": str(error)}
+        return {"size": len(tokens) if isinstance(tokens, Sized) else None, "error": str(error)}
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": tokenizer.eot_id, "padding": tokenizer.pad_id}
+    named = {name: id for name, id in special.items() if id is not None}
     return {
         "size": tokenizer.vocab_size,
-        "special_ids": {name: id for name, id in special.items() if id is not None},
+        "special_ids": named,
         "stop_ids": sorted(tokenizer.stop_ids),
         "control": len(tokenizer.control_ids),
         "unused": len(tokenizer.unused_ids),
         "add_bos": tokenizer.add_bos,
-        "texts": {str(id): tokenizer.token_text(id) for id in sorted({*tokenizer.stop_ids, *filter(None.__ne__, special.values())})},
+        "texts": {str(id): tokenizer.token_text(id) for id in sorted({*tokenizer.stop_ids, *named.values()})},
     }
 
 
@@ -159,9 +162,10 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
             ("path", f"{report['model']} ({report['model_source']})"),
             ("file", f"{size(report['file_bytes'])}, {files}, GGUF version {report['gguf_version']}"),
             ("name", report["name"] or "not named"),
+            ("runs on", report["device"] or "nothing yet: the reason comes last"),
         ]),
-        ("shapes", [(name, str(value)) for name, value in report["config"].items()]),
-        ("tensors", [(row["type"], f"{row['tensors']:>6} tensors {size(row['bytes']):>11}") for row in report["tensor_types"]]),
+        ("shapes", [(name, _shown(value)) for name, value in report["config"].items()]),
+        ("tensors", [(row["type"], _tensors(row)) for row in report["tensor_types"]]),
         ("vocabulary", _vocabulary_rows(report["vocabulary"])),
         ("chat template", _template_rows(report["chat_template"])),
         ("options", [(name, f"{_shown(row['value']):<12}({row['source']})") for name, row in report["options"].items()]),
@@ -171,13 +175,20 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     return sections
 
 
-def _shown(value: Any) -> str:
-    return "decided at load" if value is None else str(value)
+def _shown(value: Any, none: str = "not decided") -> str:
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    return none if value is None else str(value)
+
+
+def _tensors(row: dict[str, Any]) -> str:
+    noun = "tensor " if row["tensors"] == 1 else "tensors"
+    return f"{row['tensors']:>6} {noun} {size(row['bytes']):>11}"
 
 
 def _vocabulary_rows(vocabulary: dict[str, Any]) -> list[tuple[str, str]]:
     if "error" in vocabulary:
-        return [("size", str(vocabulary["size"])), ("not readable", vocabulary["error"])]
+        return [("size", _shown(vocabulary["size"], "unknown")), ("not readable", vocabulary["error"])]
 
     def named(id: int) -> str:
         return f"{id} {vocabulary['texts'][str(id)]}"

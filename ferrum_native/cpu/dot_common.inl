@@ -89,6 +89,13 @@ inline __m256i lane_bytes_as_high(int first, int second) {
   return _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3), lane(0), lane(1), lane(2), lane(3));
 }
 
+/// Lane r of the result is the sum of the lanes of x[r].
+inline __m256i sum_lanes(const __m256i x[8]) {
+  const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+  const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
 /// Fetches memory ahead of the rows being computed, in the order of addresses: the hardware does not follow eight short streams.
 /// Never faults, so it may run past the end of the weights; addresses are integers, as such a pointer must not be formed.
 struct Prefetch {

@@ -53,7 +53,46 @@ struct Q6_K {
     }
   }
 
+  /// Eight rows and one column with lanes along k: no transposition, one horizontal sum of integers per block and row.
+  static void rows8_one(Rows8 rows, int k, const Column& column, float* out) {
+    Prefetch prefetch = prefetch_after(rows);
+    const __m128i evens_odds = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    __m256 acc = _mm256_setzero_ps();
+    for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      const int8_t* y = column.q8_256 + i;
+      const __m256i y_sums = load_256(column.sums_16 + i / 16);
+      __m256i isum[8];
+#pragma GCC unroll 1
+      for (int r = 0; r < 8; ++r) {
+        const std::byte* block = rows.row(r);
+        prefetch.ahead<block_bytes>();
+        __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + scales_offset));
+        __m256i sum = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), y_sums), 5);
+        sum = _mm256_sub_epi32(_mm256_setzero_si256(), sum);
+        // Low half: scales of the first 16 of each group of 32, high half: of the second 16.
+        const __m256i scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, evens_odds));
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m256i low = load_256(block + 64 * half), high = load_256(block + 64 * half + 32), qh = load_256(block + qh_offset + 32 * half);
+          auto add = [&](__m256i q, int group) {
+            const int j = 4 * half + group;
+            __m256i product = _mm256_maddubs_epi16(q, load_256(y + 32 * j));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(product, _mm256_shuffle_epi8(scale, _mm256_set1_epi16(static_cast<int16_t>(2 * j | (2 * j + 1) << 8)))));
+          };
+          add(values<0>(low, qh), 0);
+          add(values<1>(high, qh), 1);
+          add(values<2>(low, qh), 2);
+          add(values<3>(high, qh), 3);
+        }
+        isum[r] = sum;
+      }
+      acc = add_block(acc, column.scale_256[i / 256], load_f16_of_rows(rows, d_offset), sum_lanes(isum));
+    }
+    _mm256_storeu_ps(out, acc);
+  }
+
   template <int C> static void rows8(Rows8 rows, int k, const Column* columns, float* const* out) {
+    if constexpr (C == 1) return rows8_one(rows, k, columns[0], out[0]);
     Prefetch prefetch = prefetch_after(rows);
     __m256 acc[C];
     for (int c = 0; c < C; ++c) acc[c] = _mm256_setzero_ps();

@@ -37,6 +37,8 @@ Rope Rope::from(const Metadata& metadata, const std::string& architecture, int r
   for (int i = 0; i < rotary_dim / 2; ++i) rope.frequencies.push_back(std::pow(rope.theta, -2.0 * i / rotary_dim));
 
   const std::string prefix = architecture + ".rope.scaling.";
+  for (const char* key : {"alpha", "yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"})
+    if (metadata.has(prefix + key)) throw Error(ErrorKind::UnsupportedModel, "the file sets " + prefix + key + ", a variant of RoPE scaling that ferrum does not compute.");
   const std::string type = metadata.text(prefix + "type", "none");
   if (type == "none") {
     rope.scaling = type;
