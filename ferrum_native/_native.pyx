@@ -20,6 +20,7 @@ from ferrum import errors
 
 include "core.pxi"
 include "gguf_strings.pxi"
+include "ops.pxi"
 
 for _kind, _class in (
     (ErrorKind.InvalidArgument, ValueError),
@@ -200,14 +201,14 @@ cdef class Logits:
     """
 
     cdef Engine engine
-    cdef uint64_t generation
+    cdef uint64_t version
     cdef readonly tuple shape
     cdef _LogitsMemory memory
 
     def __array__(self, dtype=None, copy=None):
         import numpy
 
-        if self.engine.generation != self.generation:
+        if self.engine.logits_version() != self.version:
             raise errors.StaleLogits("these logits were overwritten by a later step of the engine. Convert them before it, or keep a copy().")
         view = numpy.frombuffer(self.memory, dtype=numpy.float32).reshape(self.shape)
         if dtype is not None and numpy.dtype(dtype) != view.dtype:
@@ -223,7 +224,7 @@ cdef class Logits:
         return self.shape[0]
 
     def __repr__(self):
-        state = "" if self.engine.generation == self.generation else ", overwritten by a later step"
+        state = "" if self.engine.logits_version() == self.version else ", overwritten by a later step"
         return f"Logits(shape={self.shape}{state})"
 
 
@@ -238,7 +239,6 @@ cdef class Engine:
     cdef readonly int kv_bytes_per_token
     cdef object lock
     cdef int process
-    cdef uint64_t generation
 
     def __init__(self, model, *, instruction_set=None, poison_freed_kv=False, unused_tokens=None, **given):
         cdef ModelDescription description
@@ -279,6 +279,10 @@ cdef class Engine:
             raise RuntimeError("this engine was made in another process, and its threads did not come along with fork(). Make a new Engine in this process.")
         return self.native.get()
 
+    cdef uint64_t logits_version(self):
+        """Version of the logits in memory; 0, which no Logits has, once the engine is closed."""
+        return self.native.get().logits_version() if self.native.get() != NULL else 0
+
     cdef object logits_of_step(self, NativeEngine* native, bint single):
         cdef int rows = native.logit_rows()
         cdef int vocab = native.shape().vocab_size
@@ -290,7 +294,7 @@ cdef class Engine:
         memory.size = <Py_ssize_t>rows * vocab * 4
         logits.memory = memory
         logits.engine = self
-        logits.generation = self.generation
+        logits.version = native.logits_version()
         if single:
             logits.shape = (vocab,)
         else:
@@ -308,7 +312,6 @@ cdef class Engine:
         chunk.logits = logits_wanted(logits)
         with self.lock:
             native = self.open()
-            self.generation += 1
             with nogil:
                 native.prefill(chunk, python_wants_stop)
             return self.logits_of_step(native, chunk.logits == LogitsWanted.Last)
@@ -347,7 +350,6 @@ cdef class Engine:
             if must_live:
                 for i in range(native_chunks.size()):
                     native.pool().at(native_chunks[i].sequence)
-            self.generation += 1
             with nogil:
                 native.step(chunk_span(native_chunks.data(), native_chunks.size()))
             return self.logits_of_step(native, single)
@@ -436,7 +438,6 @@ cdef class Engine:
         cdef NativeEngine* native
         with self.lock:
             native = self.open()
-            self.generation += 1
             with nogil:
                 native.warm_up()
 
@@ -474,7 +475,6 @@ cdef class Engine:
     def close(self):
         """Give all memory back. Views of logits stay readable; everything else raises EngineClosed from now on."""
         with self.lock:
-            self.generation += 1
             if os.getpid() == self.process:
                 self.native.reset()
             else:

@@ -75,6 +75,7 @@ cdef extern from "core/backend.h" namespace "ferrum" nogil:
         int count
         edits_span edits
         temperatures_span temperatures
+        token_span excluded
         token_span target_start, targets
         int32_t* ids
         float* values
@@ -97,15 +98,39 @@ cdef extern from "models/model.h" namespace "ferrum" nogil:
         size_t size()
         ConfigItem& operator[](size_t)
     cdef cppclass ModelShape:
-        int vocab_size
+        int vocab_size, rotary_dim
     cdef cppclass Model:
         ConfigList config()
+        const ModelShape& shape()
+        void rope_cos_sin(const int32_t*, int, float*)
     unique_ptr[Model] make_model(const ModelDescription&) except +raise_current_error
 
 cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
+    cdef cppclass BlockCopy:
+        int32_t source "from"
+        int32_t target "to"
+    cdef cppclass Growth:
+        int64_t sequence
+        int tokens
+    cdef cppclass growth_span "std::span<const ferrum::Growth>":
+        growth_span(const Growth*, size_t)
     cdef cppclass Sequence:
         int length
-    cdef cppclass KvPool:
+        vector[int32_t] blocks
+    cdef cppclass NativeKvPool "ferrum::KvPool":
+        NativeKvPool(int, int, int)
+        void grow(growth_span, vector[BlockCopy]&) except +raise_current_error
+        void commit() except +raise_current_error
+        void rollback() except +raise_current_error
+        void hold(int64_t, int, vector[BlockCopy]&) except +raise_current_error
+        void fork(int64_t, int64_t) except +raise_current_error
+        void release(int64_t) except +raise_current_error
+        void reset() except +raise_current_error
+        void truncate(int64_t, int, int) except +raise_current_error
+        cbool live(int64_t)
+        int references(int32_t)
+        vector[int32_t] take_freed()
+        void track_freed()
         const Sequence& at(int64_t) except +raise_current_error
         int live_sequences()
         int total_blocks()
@@ -137,6 +162,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         void cancel()
         int logit_rows()
         shared_ptr[Buffer] logits()
+        uint64_t logits_version()
         void top_candidates(TopCandidatesArgs) except +raise_current_error
         int candidate_limit()
         void exclude_tokens(vector[int32_t])
@@ -148,6 +174,6 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         const ModelShape& shape()
         ConfigList config()
         const EnginePlan& plan()
-        const KvPool& pool()
+        const NativeKvPool& pool()
         string device()
         const EngineStats& stats()

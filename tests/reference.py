@@ -15,7 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 BLOCK_OF = {"Q8_0": 32, "Q4_K": 256, "Q6_K": 256}
-"""Quantized weight types, and how many activations share one int8 scale when they meet weights of that type."""
+"""Quantized weight types, and how many activations share one float scale when they meet weights of that type."""
+
+MAX_FACTOR = 8
+"""Each 32 activations of a block of 256 have an integer factor of that scale, from 1 to this."""
 
 
 # Positions
@@ -203,24 +206,39 @@ def log_sum_exp(x):
 
 # Quantized weights and activations
 
-def quantize_activations(x, weight_type):
-    """x [..., K] as it meets quantized weights: (int8 q [..., K], float32 d [..., K / block]) with x ~ q * d.
+def quantize_activations(x, weight_type, max_factor=MAX_FACTOR):
+    """x [..., K] as it meets quantized weights: (int8 q [..., K], float64 d [..., K / 32]) with x ~ q * d, in float32 steps.
 
-    d = amax / 127 of each block in float32, q = x / d rounded half to even; a block of zeros has d = 0.
+    Q8_0: d = a / 127 with a = max |x| of the 32 values. K-quants: with A = max |x| of 256 values and steps = 8 * 127, d = (A / steps) * factor,
+    factor = ceil(a * (8 / A)) in 1..8. q = x * (1 / d) rounded half to even; a block of zeros has d = 0. `max_factor` 1 in place of 8 gives one
+    scale for all 256, as llama.cpp has.
     """
-    block = BLOCK_OF[weight_type]
-    blocks = np.asarray(x, dtype=np.float32).reshape(*x.shape[:-1], -1, block)
-    d = np.abs(blocks).max(axis=-1) / np.float32(127)
-    q = np.rint(blocks / np.where(d == 0, np.float32(1), d)[..., None])
-    return q.astype(np.int8).reshape(x.shape), d
+    blocks = np.asarray(x, dtype=np.float32).reshape(*x.shape[:-1], -1, BLOCK_OF[weight_type] // 32, 32)
+    largest = np.abs(blocks).max(axis=-1)
+    if weight_type == "Q8_0":
+        steps, factor = np.float32(127), np.ones_like(largest)
+    else:
+        steps = np.float32(127 * max_factor)
+        block_largest = largest.max(axis=-1, keepdims=True)
+        factor = np.clip(np.ceil(largest * _inverse(np.float32(max_factor), block_largest)), 1, max_factor).astype(np.float32)
+        largest = np.broadcast_to(block_largest, largest.shape)
+    inverse = _inverse(steps, largest) / factor
+    q = np.rint(blocks * inverse[..., None]).astype(np.int8)
+    d = (largest / steps).astype(np.float64) * factor
+    return q.reshape(x.shape), d.reshape(*x.shape[:-1], -1)
 
 
-def as_quantized(x, weight_type):
+def _inverse(numerator, x):
+    """numerator / x in float32; 0 where x is 0."""
+    return np.divide(numerator, x, out=np.zeros_like(x), where=x != 0)
+
+
+def as_quantized(x, weight_type, max_factor=MAX_FACTOR):
     """The float64 values that weights of `weight_type` see in int8 mode; x itself for float weights."""
     if weight_type not in BLOCK_OF:
         return x
-    q, d = quantize_activations(x, weight_type)
-    return q.astype(np.float64) * np.repeat(d.astype(np.float64), BLOCK_OF[weight_type], axis=-1)
+    q, d = quantize_activations(x, weight_type, max_factor)
+    return q.astype(np.float64) * np.repeat(d, 32, axis=-1)
 
 
 def float16_values(raw):
@@ -267,36 +285,28 @@ def unpack_q6_k(blocks):
 def dot_q8_256(weight_rows, weight_type, q, d):
     """Products of Q4_K or Q6_K rows with int8 activations, exact up to float64 rounding: [T, R].
 
-    weight_rows uint8 [R, bytes of a row], q int8 [T, K], d float32 [T, K / 256] as `quantize_activations` makes them. Within a block
-    everything is an integer; only the per-block factors are floats.
+    weight_rows uint8 [R, bytes of a row], q int8 [T, K], d [T, K / 32] as `quantize_activations` makes them.
     """
     T, R = len(q), len(weight_rows)
-    q = q.astype(np.float64).reshape(T, -1, 256)
-    blocks = np.ascontiguousarray(weight_rows).reshape(R, q.shape[1], -1)
-    per_block = np.zeros((q.shape[1], T, R))
+    y = (q.astype(np.float64).reshape(T, -1, 32) * d[..., None]).reshape(T, -1, 8, 32)
+    blocks = np.ascontiguousarray(weight_rows).reshape(R, y.shape[1], -1)
     if weight_type == "Q4_K":
         weights, scales, minima, weight_d, dmin = unpack_q4_k(blocks)
-        scaled = (weights * scales[..., None]).reshape(R, -1, 256).astype(np.float64)
-        sums = q.reshape(T, -1, 8, 32).sum(axis=-1)
-        for b in range(q.shape[1]):
-            per_block[b] = q[:, b] @ scaled[:, b].T * weight_d[:, b] - sums[:, b] @ minima[:, b].T.astype(np.float64) * dmin[:, b]
-    elif weight_type == "Q6_K":
+        scaled = (weights * scales[..., None]).reshape(R, -1, 8, 32) * weight_d[..., None, None]
+        return np.einsum("tbsi,rbsi->tr", y, scaled) - np.einsum("tbs,rbs->tr", y.sum(axis=-1), minima * dmin[..., None])
+    if weight_type == "Q6_K":
         weights, scales, weight_d = unpack_q6_k(blocks)
-        scaled = (weights * scales[..., None]).reshape(R, -1, 256).astype(np.float64)
-        for b in range(q.shape[1]):
-            per_block[b] = q[:, b] @ scaled[:, b].T * weight_d[:, b]
-    else:
-        raise ValueError(f"{weight_type} weights do not meet activations in blocks of 256")
-    return np.einsum("btr,tb->tr", per_block, d.astype(np.float64))
+        scaled = (weights * scales[..., None]).reshape(R, -1, 8, 32) * weight_d[..., None, None]
+        return np.einsum("tbsi,rbsi->tr", y, scaled)
+    raise ValueError(f"{weight_type} weights do not meet activations in blocks of 256")
 
 
 def dot_q8_32(weight_rows, q, d):
     """Products of Q8_0 rows (uint8 [R, bytes of a row]) with int8 activations in blocks of 32 (q [T, K], d [T, K / 32]): [T, R]."""
     T, R = len(q), len(weight_rows)
     weights, weight_d = unpack_q8_0(np.ascontiguousarray(weight_rows).reshape(R, -1, 34))
-    q = q.astype(np.float64).reshape(T, -1, 32)
-    per_block = np.matmul(q.transpose(1, 0, 2), weights.astype(np.float64).transpose(1, 2, 0)) * weight_d.T[:, None]
-    return np.einsum("btr,tb->tr", per_block, d.astype(np.float64))
+    y = q.astype(np.float64).reshape(T, -1, 32) * d[..., None]
+    return y.reshape(T, -1) @ (weights * weight_d[..., None]).reshape(R, -1).T
 
 
 def dot_quantized(weight_rows, weight_type, q, d):
@@ -357,7 +367,7 @@ class ReferenceModel:
     keys and values to float16; 'f32' keeps them.
     """
 
-    def __init__(self, path, *, activations="float", kv_type="f32"):
+    def __init__(self, path, *, activations="float", kv_type="f32", max_factor=MAX_FACTOR):
         import gguf
 
         if activations not in ("float", "int8") or kv_type not in ("f32", "f16"):
@@ -366,6 +376,7 @@ class ReferenceModel:
         self.config = Config.from_metadata({name: field.contents() for name, field in reader.fields.items()
                                             if name.startswith(("general.architecture", "qwen3moe."))})
         self.activations = activations
+        self.max_factor = max_factor
         self.kv_type = kv_type
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.weight = lru_cache(maxsize=None)(self._expand)
@@ -388,7 +399,7 @@ class ReferenceModel:
 
     def seen_by(self, x, name):
         """Activations x as the weights `name` see them."""
-        return as_quantized(x, self.weight_type(name)) if self.activations == "int8" else x
+        return as_quantized(x, self.weight_type(name), self.max_factor) if self.activations == "int8" else x
 
     def project(self, x, name):
         return linear(self.seen_by(x, name), self.weight(name))

@@ -111,6 +111,14 @@ struct TopCandidatesArgs {
 };
 struct BlockCopy { int32_t from, to; };
 
+/// Where `read_routing` writes: n rows, pair p = row * K + k.
+struct RoutingContents {
+  int32_t* ids;    // [n K]
+  float* weights;  // [n K]
+  int32_t* start;  // [E + 1], where each expert's pairs begin in `pairs`
+  int32_t* pairs;  // [n K], grouped by expert
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -149,6 +157,11 @@ class Backend {
   virtual void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) = 0;
   /// The only wait; asynchronous device errors surface here.
   virtual void finish() = 0;
+
+  // For tests and tools; no step calls these.
+  virtual void write_activation(Activation&, int rows, const float* values) = 0;  // and packs
+  virtual void read_activation(const Activation&, int rows, float* out) = 0;
+  virtual void read_routing(const Routing&, const RoutingContents& out) = 0;
 };
 
 }  // namespace ferrum

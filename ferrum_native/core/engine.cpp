@@ -132,6 +132,7 @@ void Engine::run(std::span<const Chunk> chunks, int first_logit_row) {
   growth_.clear();
   for (const Chunk& chunk : chunks) growth_.push_back({chunk.sequence, static_cast<int>(chunk.tokens.size())});
   pool_.grow(growth_, copies_);
+  ++logits_version_;
   try {
     build_batch(chunks);
     backend_->begin(batch_);

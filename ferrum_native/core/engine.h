@@ -60,6 +60,8 @@ class Engine {
   /// Logits of the last step: [rows, vocab_size] at the start of the buffer.
   int logit_rows() const { return logit_rows_; }
   const std::shared_ptr<Buffer>& logits() const { return logits_; }
+  /// Rises whenever logits() is about to be overwritten; any thread may ask.
+  uint64_t logits_version() const { return logits_version_; }
   /// `args.logits`, `excluded` and the outputs of `args` sized for logit_rows(); the rest is the caller's. Validated here.
   void top_candidates(TopCandidatesArgs args);
   int candidate_limit() const { return shape().vocab_size - static_cast<int>(excluded_.size()); }
@@ -98,6 +100,7 @@ class Engine {
   std::vector<BlockCopy> copies_;
   std::vector<int32_t> excluded_;
   int logit_rows_ = 0;
+  std::atomic<uint64_t> logits_version_ = 1;
   std::atomic<bool> cancelled_ = false;
   EngineStats stats_;
 };

@@ -44,6 +44,8 @@ class KvPool {
   int live_sequences() const { return static_cast<int>(sequences_.size()); }
   int total_blocks() const { return static_cast<int>(references_.size()); }
   int free_blocks() const { return static_cast<int>(free_.size()); }
+  /// Block tables that hold the block.
+  int references(int32_t block) const { return references_[static_cast<size_t>(block)]; }
   /// Blocks that became free since the last call (for poisoning in tests).
   std::vector<int32_t> take_freed();
   void track_freed() { track_freed_ = true; }
@@ -74,6 +76,6 @@ class KvPool {
   bool track_freed_ = false;
 };
 
-inline int blocks_for(int tokens) { return (tokens + kv_block_tokens - 1) / kv_block_tokens; }
+inline int blocks_for(int tokens) { return tokens / kv_block_tokens + (tokens % kv_block_tokens != 0); }
 
 }  // namespace ferrum

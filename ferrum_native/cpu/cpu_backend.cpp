@@ -51,6 +51,7 @@ CpuActivation::CpuActivation(int r, int c, bool with_q8_32, bool with_q8_256) : 
   if (with_q8_256) {
     q8_256 = arena.take<int8_t>(n);
     scale_256 = arena.take<float>(n / 256);
+    factor_32 = arena.take<int16_t>(n / 32);
     sums_16 = arena.take<int16_t>(n / 16);
   }
 }
@@ -59,22 +60,22 @@ size_t CpuActivation::bytes(int r, int c, bool with_q8_32, bool with_q8_256) {
   const size_t n = static_cast<size_t>(r) * static_cast<size_t>(c);
   size_t total = Arena::bytes_for(n, sizeof(float));
   if (with_q8_32) total += Arena::bytes_for(n, 1) + Arena::bytes_for(n / 32, sizeof(float));
-  if (with_q8_256) total += Arena::bytes_for(n, 1) + Arena::bytes_for(n / 256, sizeof(float)) + Arena::bytes_for(n / 16, sizeof(int16_t));
+  if (with_q8_256) total += Arena::bytes_for(n, 1) + Arena::bytes_for(n / 256, sizeof(float)) + Arena::bytes_for(n / 32, sizeof(int16_t)) + Arena::bytes_for(n / 16, sizeof(int16_t));
   return total;
 }
 
 Column CpuActivation::column(int index) const {
   const size_t at = static_cast<size_t>(index) * static_cast<size_t>(cols);
-  Column column{values + at, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Column column{values + at, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (q8_32) column.q8_32 = q8_32 + at, column.scale_32 = scale_32 + at / 32;
-  if (q8_256) column.q8_256 = q8_256 + at, column.scale_256 = scale_256 + at / 256, column.sums_16 = sums_16 + at / 16;
+  if (q8_256) column.q8_256 = q8_256 + at, column.scale_256 = scale_256 + at / 256, column.factor_32 = factor_32 + at / 32, column.sums_16 = sums_16 + at / 16;
   return column;
 }
 
 void CpuActivation::pack(const Kernels& kernels, int index) {
   const size_t at = static_cast<size_t>(index) * static_cast<size_t>(cols);
   if (q8_32) kernels.quantize_q8_32(values + at, cols, q8_32 + at, scale_32 + at / 32);
-  if (q8_256) kernels.quantize_q8_256(values + at, cols, q8_256 + at, scale_256 + at / 256, sums_16 + at / 16);
+  if (q8_256) kernels.quantize_q8_256(values + at, cols, {q8_256 + at, scale_256 + at / 256, factor_32 + at / 32, sums_16 + at / 16});
 }
 
 CpuRouting::CpuRouting(int r, int k, int e) : top_k(k), experts(e), arena(bytes(r, k, e)) {

@@ -42,7 +42,7 @@ struct CpuActivation final : Activation {
   float* values;
   int8_t *q8_32 = nullptr, *q8_256 = nullptr;
   float *scale_32 = nullptr, *scale_256 = nullptr;
-  int16_t* sums_16 = nullptr;
+  int16_t *factor_32 = nullptr, *sums_16 = nullptr;
 };
 
 /// Pair p = token * top_k + k. `pairs` lists them expert by expert, each expert's by rising p: expert e has pairs[start[e]] .. pairs[start[e+1]-1].
@@ -105,6 +105,9 @@ class CpuBackend final : public Backend {
   void copy_kv_blocks(Kv&, std::span<const BlockCopy>) override;
   void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) override;
   void finish() override {}
+  void write_activation(Activation&, int rows, const float* values) override;
+  void read_activation(const Activation&, int rows, float* out) override;
+  void read_routing(const Routing&, const RoutingContents& out) override;
 
  private:
   /// One thread's own memory; sizes by the step's limits.

@@ -36,6 +36,11 @@ inline __m256i broadcast_4(const void* p) {
   return _mm256_set1_epi32(x);
 }
 
+/// One int16 in all sixteen lanes.
+inline __m256i broadcast_2(const int16_t* p) { return _mm256_set1_epi16(*p); }
+/// Eight int16 in both halves.
+inline __m256i broadcast_16(const int16_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
 /// The sum of eight products of unsigned and signed bytes goes into int16 lanes. One statement for the compiler: left to itself, gcc
 /// computes all the products of a tile first and spills them.
 inline void add_products_i16(__m256i& sum, __m256i u8, __m256i s8) {

@@ -1,9 +1,103 @@
-inline void deq_f32(const std::byte* p, int k, float* o) { std::memcpy(o, p, size_t(k)*4); }
-inline void deq_f16(const std::byte* p, int k, float* o) { for (int i=0;i<k;i++) o[i]=f16_to_float(load_u16(p+2*i)); }
-inline void deq_bf16(const std::byte* p, int k, float* o) { for (int i=0;i<k;i++) { uint32_t b=uint32_t(load_u16(p+2*i))<<16; std::memcpy(o+i,&b,4);} }
-inline float fdot(const float* w, const float* y, int k) { F8 s[4]={zero(),zero(),zero(),zero()}; int i=0; for(;i+32<=k;i+=32) for(int j=0;j<4;j++) s[j]=fma(load(w+i+8*j),load(y+i+8*j),s[j]);
- if(i<k){ float a[32]={},b[32]={}; std::memcpy(a,w+i,size_t(k-i)*4); std::memcpy(b,y+i,size_t(k-i)*4); for(int j=0;j<4;j++) s[j]=fma(load(a+8*j),load(b+8*j),s[j]); } return reduce_add((s[0]+s[1])+(s[2]+s[3])); }
-template <void (*D)(const std::byte*, int, float*)> void dotf(const DotArgs& a) { float* w = reinterpret_cast<float*>(a.scratch); for (int r=0;r<a.rows;r++){ D(a.weights+size_t(r)*a.row_bytes,a.k,w); for(int c=0;c<a.column_count;c++) a.out[c][r]=fdot(w,a.columns[c].values,a.k);} }
-template <int B> inline void quant(const float* x, int k, int8_t* q, float* s, int16_t* sums) { for (int b=0;b<k/B;b++){ float m=0; for(int i=0;i<B;i++) m=std::fmax(m,std::fabs(x[b*B+i])); s[b]=m/127; float inv=m>0?127/m:0; for(int i=0;i<B;i++) q[b*B+i]=int8_t(std::nearbyint(x[b*B+i]*inv)); if(sums) for(int j=0;j<B/16;j++){int t=0;for(int i=0;i<16;i++)t+=q[b*B+16*j+i];sums[b*B/16+j]=int16_t(t);} } }
-void q32(const float* x, int k, int8_t* q, float* s) { quant<32>(x,k,q,s,nullptr); }
-void q256(const float* x, int k, int8_t* q, float* s, int16_t* m) { quant<256>(x,k,q,s,m); }
+// Products of float activations: with F32, F16 and BF16 weights as they lie, with quantized weights through rows of floats in scratch.
+
+struct WeightsF32 {
+  static constexpr int bytes = 4;
+  static F8 at(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
+};
+struct WeightsF16 {
+  static constexpr int bytes = 2;
+  static F8 at(const std::byte* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
+};
+struct WeightsBF16 {
+  static constexpr int bytes = 2;
+  static F8 at(const std::byte* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
+};
+
+template <class W> struct FloatDot {
+  struct Rows {
+    const std::byte* base;
+    size_t stride;
+    const std::byte* row(int r) const { return base + static_cast<size_t>(r) * stride; }
+  };
+
+  /// R rows and C columns; V of the four partial vectors at a time, so that R * C * V stay in registers.
+  /// With V < 4 the walk over k goes in panels that stay in the L1 cache from one partial vector to the next.
+  template <int R, int C, int V> static void tile(Rows rows, int k, const Column* columns, float* const* out, int row) {
+    constexpr int panel = 512;
+    F8 partial[4][R][C];
+    for (auto& v : partial)
+      for (auto& r : v)
+        for (F8& x : r) x = zero();
+    int whole = k & ~31;
+    for (int first = 0; first < whole; first += panel) {
+      int last = whole - first < panel ? whole : first + panel;
+      for (int v = 0; v < 4; v += V) {
+        F8 acc[V][R][C];
+        std::memcpy(acc, partial + v, sizeof acc);
+        for (int i = first + 8 * v; i < last; i += 32)
+          for (int j = 0; j < V; ++j) {
+            F8 y[C];
+            for (int c = 0; c < C; ++c) y[c] = load(columns[c].values + i + 8 * j);
+            for (int r = 0; r < R; ++r) {
+              F8 w = W::at(rows.row(r) + static_cast<size_t>(i + 8 * j) * W::bytes);
+              for (int c = 0; c < C; ++c) acc[j][r][c] = fma(w, y[c], acc[j][r][c]);
+            }
+          }
+        std::memcpy(partial + v, acc, sizeof acc);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) {
+        F8 v[4] = {partial[0][r][c], partial[1][r][c], partial[2][r][c], partial[3][r][c]};
+        if (whole < k) add_tail(rows.row(r), columns[c].values, whole, k, v);
+        out[c][row + r] = reduce_add((v[0] + v[1]) + (v[2] + v[3]));
+      }
+  }
+
+  static void add_tail(const std::byte* row, const float* values, int whole, int k, F8 v[4]) {
+    alignas(4) std::byte w[32 * W::bytes] = {};
+    float y[32] = {};
+    size_t count = static_cast<size_t>(k - whole);
+    std::memcpy(w, row + static_cast<size_t>(whole) * W::bytes, count * W::bytes);
+    std::memcpy(y, values + whole, count * sizeof(float));
+    for (int j = 0; j < 4; ++j) v[j] = fma(W::at(w + 8 * j * W::bytes), load(y + 8 * j), v[j]);
+  }
+
+  template <int R, int V> static void columns_of_rows(Rows rows, int k, const Column* columns, int count, float* const* out, int row) {
+    int c = 0;
+    for (; c + 3 <= count; c += 3) tile<R, 3, V>(rows, k, columns + c, out + c, row);
+    if (count - c == 2) tile<R, 2, V>(rows, k, columns + c, out + c, row);
+    if (count - c == 1) tile<R, 1, V>(rows, k, columns + c, out + c, row);
+  }
+
+  static void rows_at(Rows rows, int row_count, const DotArgs& args, int row) {
+    int r = 0;
+    if (args.column_count >= tuning::tile_columns_float)
+      for (; r + 4 <= row_count; r += 4) columns_of_rows<4, 1>({rows.row(r), rows.stride}, args.k, args.columns, args.column_count, args.out, row + r);
+    for (; r < row_count; ++r) columns_of_rows<1, 4>({rows.row(r), rows.stride}, args.k, args.columns, args.column_count, args.out, row + r);
+  }
+};
+
+template <class W> inline void dot_floats(const DotArgs& args) { FloatDot<W>::rows_at({args.weights, args.row_bytes}, args.rows, args, 0); }
+
+using DequantizeRow = void (*)(const std::byte* row, int k, float* out);
+
+template <DequantizeRow Dequantize> inline void dot_float_quantized(const DotArgs& args) {
+  auto* floats = reinterpret_cast<float*>(args.scratch);
+  size_t k = static_cast<size_t>(args.k);
+  for (int row = 0; row < args.rows; row += 4) {
+    int count = args.rows - row < 4 ? args.rows - row : 4;
+    for (int r = 0; r < count; ++r) Dequantize(args.weights + static_cast<size_t>(row + r) * args.row_bytes, args.k, floats + static_cast<size_t>(r) * k);
+    FloatDot<WeightsF32>::rows_at({args.scratch, k * sizeof(float)}, count, args, row);
+  }
+}
+
+template <class W> inline void dequantize_floats(const std::byte* row, int k, float* out) {
+  int whole = k & ~7;
+  for (int i = 0; i < whole; i += 8) store(out + i, W::at(row + static_cast<size_t>(i) * W::bytes));
+  alignas(4) std::byte w[8 * W::bytes] = {};
+  float tail[8];
+  std::memcpy(w, row + static_cast<size_t>(whole) * W::bytes, static_cast<size_t>(k - whole) * W::bytes);
+  store(tail, W::at(w));
+  std::memcpy(out + whole, tail, static_cast<size_t>(k - whole) * sizeof(float));
+}

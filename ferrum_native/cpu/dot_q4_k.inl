@@ -30,9 +30,9 @@ inline void dequantize_q4_k(const std::byte* row, int k, float* out) {
     ScalesQ4_K scales = unpack_scales(block);
     int8_t q[256];
     unpack_values(block, q);
-    F8 d = set1(f16_to_float(block.d)), dmin = set1(f16_to_float(block.dmin));
+    float d = f16_to_float(block.d), dmin = f16_to_float(block.dmin);
     for (int s = 0; s < 8; ++s) {
-      F8 scale = d * set1(scales.scale[s]), minus_min = zero() - dmin * set1(scales.min[s]);
+      F8 scale = set1(d * scales.scale[s]), minus_min = set1(-(dmin * scales.min[s]));
       for (int j = 32 * s; j < 32 * s + 32; j += 8) store(out + i + j, fma(scale, load_i8(q + j), minus_min));
     }
   }
@@ -89,6 +89,7 @@ struct Q4_K {
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
       const int8_t* y = column.q8_256 + i;
       const __m128i y_sums = sums_32(column, i);
+      const __m256i factors = broadcast_16(column.factor_32 + i / 32);
       __m256i isum[8];
       __m128i msum[8];
 #pragma GCC unroll 1
@@ -97,7 +98,7 @@ struct Q4_K {
         prefetch.ahead<block_bytes>();
         const __m256i both = scales_and_mins(block);
         msum[r] = _mm_madd_epi16(_mm256_extracti128_si256(both, 1), y_sums);
-        const __m256i scales = _mm256_permute2x128_si256(both, both, 0);
+        const __m256i scales = _mm256_mullo_epi16(_mm256_permute2x128_si256(both, both, 0), factors);
         __m256i sum = _mm256_setzero_si256();
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -157,8 +158,12 @@ struct Q4_K {
         }
         __m256i scale_even = _mm256_shuffle_epi8(head.scale[j / 2], lane_bytes_as_u16(2 * (j & 1), 2 * (j & 1)));
         __m256i scale_odd = _mm256_shuffle_epi8(head.scale[j / 2], lane_bytes_as_u16(2 * (j & 1) + 1, 2 * (j & 1) + 1));
-        for (int c = 0; c < C; ++c)
-          isum[c] = _mm256_add_epi32(isum[c], _mm256_add_epi32(_mm256_madd_epi16(scale_even, even[c]), _mm256_madd_epi16(scale_odd, odd[c])));
+        for (int c = 0; c < C; ++c) {
+          const int16_t* factor = columns[c].factor_32 + i / 32 + 2 * j;
+          __m256i first = _mm256_madd_epi16(_mm256_mullo_epi16(scale_even, broadcast_2(factor)), even[c]);
+          __m256i second = _mm256_madd_epi16(_mm256_mullo_epi16(scale_odd, broadcast_2(factor + 1)), odd[c]);
+          isum[c] = _mm256_add_epi32(isum[c], _mm256_add_epi32(first, second));
+        }
       }
       for (int c = 0; c < C; ++c) acc[c] = add_block(acc[c], columns[c].scale_256[i / 256], head.d, head.dmin, isum[c], msum[c]);
     }
@@ -222,8 +227,10 @@ struct Q4_K {
           add_products_i16(a[c][0], w.q[8 * s + n][0], four);
           add_products_i16(a[c][1], w.q[8 * s + n][1], four);
         }
-      for (int c = 0; c < C; ++c)
-        for (int h = 0; h < 2; ++h) isum[c][h] = _mm256_add_epi32(isum[c][h], _mm256_madd_epi16(w.scale[s][h], a[c][h]));
+      for (int c = 0; c < C; ++c) {
+        const __m256i factor = broadcast_2(columns[c].factor_32 + i / 32 + s);
+        for (int h = 0; h < 2; ++h) isum[c][h] = _mm256_add_epi32(isum[c][h], _mm256_madd_epi16(_mm256_mullo_epi16(w.scale[s][h], factor), a[c][h]));
+      }
     }
     for (int c = 0; c < C; ++c) {
       alignas(16) int32_t pair[4];
@@ -260,7 +267,7 @@ inline void dot_q4_k(const DotArgs& args) {
         for (int s = 0; s < 8; ++s) {
           int sum = 0;
           for (int i = 32 * s; i < 32 * s + 32; ++i) sum += q[i] * y[i];
-          isum += scales.scale[s] * sum;
+          isum += scales.scale[s] * column.factor_32[8 * b + s] * sum;
           msum += scales.min[s] * (sums[2 * s] + sums[2 * s + 1]);
         }
         float value = fma(d, static_cast<float>(isum), -(dmin * static_cast<float>(msum)));

@@ -42,14 +42,15 @@ struct Q6_K {
 
   /// The unsigned products of one group of a 16-quad: two vpmaddubsw (4 * 63 * 127 = 32004) fit an int16.
   template <int Group, int C>
-  static inline void add_group(const __m256i ql[4], const __m256i qh[4], __m256i scale, const int8_t* const* y, int offset, __m256i* isum) {
+  static inline void add_group(const __m256i ql[4], const __m256i qh[4], __m256i scale, const int8_t* const* y, const int16_t* const* factors, int offset, __m256i* isum) {
     __m256i q0 = values<Group>(ql[0], qh[0]), q1 = values<Group>(ql[1], qh[1]), q2 = values<Group>(ql[2], qh[2]), q3 = values<Group>(ql[3], qh[3]);
     for (int c = 0; c < C; ++c) {
       const int8_t* at = y[c] + offset;
       __m256i first = _mm256_maddubs_epi16(q0, broadcast_4(at)), second = _mm256_maddubs_epi16(q2, broadcast_4(at + 8));
       add_products_i16(first, q1, broadcast_4(at + 4));
       add_products_i16(second, q3, broadcast_4(at + 12));
-      isum[c] = _mm256_add_epi32(isum[c], _mm256_add_epi32(_mm256_madd_epi16(scale, first), _mm256_madd_epi16(scale, second)));
+      __m256i scaled = _mm256_mullo_epi16(scale, broadcast_2(factors[c] + offset / 32));
+      isum[c] = _mm256_add_epi32(isum[c], _mm256_add_epi32(_mm256_madd_epi16(scaled, first), _mm256_madd_epi16(scaled, second)));
     }
   }
 
@@ -60,7 +61,7 @@ struct Q6_K {
     __m256 acc = _mm256_setzero_ps();
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
       const int8_t* y = column.q8_256 + i;
-      const __m256i y_sums = load_256(column.sums_16 + i / 16);
+      const __m256i y_sums = load_256(column.sums_16 + i / 16), factors = broadcast_16(column.factor_32 + i / 32);
       __m256i isum[8];
 #pragma GCC unroll 1
       for (int r = 0; r < 8; ++r) {
@@ -70,7 +71,7 @@ struct Q6_K {
         __m256i sum = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), y_sums), 5);
         sum = _mm256_sub_epi32(_mm256_setzero_si256(), sum);
         // Low half: scales of the first 16 of each group of 32, high half: of the second 16.
-        const __m256i scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, evens_odds));
+        const __m256i scale = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, evens_odds)), factors);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const __m256i low = load_256(block + 64 * half), high = load_256(block + 64 * half + 32), qh = load_256(block + qh_offset + 32 * half);
@@ -100,9 +101,11 @@ struct Q6_K {
       __m256i scales[4];  // bytes are the scales of sub-blocks 4 g..4 g + 3
       load_quads(rows, scales_offset, scales);
       const int8_t* y[C];
+      const int16_t* factors[C];
       __m256i isum[C];
       for (int c = 0; c < C; ++c) {
         y[c] = columns[c].q8_256 + i;
+        factors[c] = columns[c].factor_32 + i / 32;
         isum[c] = _mm256_setzero_si256();
       }
 #pragma GCC unroll 8
@@ -120,11 +123,11 @@ struct Q6_K {
           load_quads(rows, qh_offset + static_cast<size_t>(32 * half + 16 * part), qh);
           int offset = 128 * half + 16 * part;
           load_quads(rows, static_cast<size_t>(64 * half + 16 * part), ql);
-          add_group<0, C>(ql, qh, scale_pair(scales[2 * half], part, part), y, offset, isum);
-          add_group<2, C>(ql, qh, scale_pair(scales[2 * half + 1], part, part), y, offset + 64, isum);
+          add_group<0, C>(ql, qh, scale_pair(scales[2 * half], part, part), y, factors, offset, isum);
+          add_group<2, C>(ql, qh, scale_pair(scales[2 * half + 1], part, part), y, factors, offset + 64, isum);
           load_quads(rows, static_cast<size_t>(64 * half + 32 + 16 * part), ql);
-          add_group<1, C>(ql, qh, scale_pair(scales[2 * half], 2 + part, 2 + part), y, offset + 32, isum);
-          add_group<3, C>(ql, qh, scale_pair(scales[2 * half + 1], 2 + part, 2 + part), y, offset + 96, isum);
+          add_group<1, C>(ql, qh, scale_pair(scales[2 * half], 2 + part, 2 + part), y, factors, offset + 32, isum);
+          add_group<3, C>(ql, qh, scale_pair(scales[2 * half + 1], 2 + part, 2 + part), y, factors, offset + 96, isum);
         }
       __m256 d = load_f16_of_rows(rows, d_offset);
       for (int c = 0; c < C; ++c) acc[c] = add_block(acc[c], columns[c].scale_256[i / 256], d, isum[c]);
@@ -187,11 +190,11 @@ struct Q6_K {
       for (int n = 4 * s; n < 4 * s + 4; n += 2)
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          __m256i first = broadcast_4(y[c] + 4 * n), second = broadcast_4(y[c] + 4 * n + 4);
+          __m256i first = broadcast_4(y[c] + 4 * n), second = broadcast_4(y[c] + 4 * n + 4), factor = broadcast_2(columns[c].factor_32 + i / 32 + s / 2);
           for (int h = 0; h < 2; ++h) {
             __m256i a = _mm256_maddubs_epi16(w.q[n][h], first);
             add_products_i16(a, w.q[n + 1][h], second);
-            isum[c][h] = _mm256_add_epi32(isum[c][h], _mm256_madd_epi16(w.scale[s][h], a));
+            isum[c][h] = _mm256_add_epi32(isum[c][h], _mm256_madd_epi16(_mm256_mullo_epi16(w.scale[s][h], factor), a));
           }
         }
     for (int c = 0; c < C; ++c)
@@ -222,7 +225,7 @@ inline void dot_q6_k(const DotArgs& args) {
         for (int s = 0; s < 16; ++s) {
           int sum = 0;
           for (int i = 16 * s; i < 16 * s + 16; ++i) sum += q[i] * y[i];
-          isum += block.scales[s] * sum;
+          isum += block.scales[s] * column.factor_32[8 * b + s / 2] * sum;
         }
         args.out[c][r] = fma(column.scale_256[b] * d, static_cast<float>(isum), args.out[c][r]);
       }

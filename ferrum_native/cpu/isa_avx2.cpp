@@ -1,20 +1,10 @@
+// Compiled with -mavx2 -mfma -mf16c; called where the processor has all three.
+#if defined(__x86_64__)
 #define FERRUM_SIMD_AVX2 1
 #define FERRUM_ISA avx2
-#include "simd.h"
-#include "kernels.h"
-#include "tuning.h"
-namespace ferrum::cpu::avx2 {
-#include "dot_common.inl"
-#include "dot_q4_k.inl"
-#include "dot_q6_k.inl"
-#include "dot_q8_0.inl"
-#include "dot_float.inl"
-#include "rows.inl"
-#include "attention.inl"
-#include "candidates.inl"
-}
+#include "isa.inl"
+
 namespace ferrum::cpu {
-using namespace avx2;
-const Kernels kernels_avx2 = {"avx2", {dotf<deq_f32>,dotf<deq_f16>,dot_q8_0,dot_q4_k,dot_q6_k,dotf<deq_bf16>}, {dotf<deq_f32>,dotf<deq_f16>,dotf<dequantize_q8_0>,dotf<dequantize_q4_k>,dotf<dequantize_q6_k>,dotf<deq_bf16>}, dot_scratch_bytes,
- {deq_f32,deq_f16,dequantize_q8_0,dequantize_q4_k,dequantize_q6_k,deq_bf16}, q32, q256, avx2::norm, qk_norm_rope, write_key, write_value, attention_tile, attention_combine, attention_result, softmax, silu_product, weighted_sum, next_greater, sum_exp};
+constinit const Kernels kernels_avx2 = avx2::make_kernels("avx2");
 }
+#endif

@@ -8,14 +8,25 @@
 
 namespace ferrum::cpu {
 
+/// Factors of 32 activations: the largest for which the sum of 32 products with a factor still fits an int16.
+constexpr int max_factor = 8;
+
+/// Where quantize_q8_256 writes; as the fields of Column.
+struct PackedRow {
+  int8_t* q;
+  float* scale;
+  int16_t *factor_32, *sums_16;
+};
+
 /// One activation vector of k values in the forms its consumers asked for; pointers of other forms are null.
 struct Column {
   const float* values;    // [k]
   const int8_t* q8_32;    // [k], value = scale_32[i / 32] * q8_32[i]
   const float* scale_32;  // [k / 32]
-  const int8_t* q8_256;   // [k], value = scale_256[i / 256] * q8_256[i]; k is a multiple of 256
-  const float* scale_256; // [k / 256]
-  const int16_t* sums_16; // [k / 16], sum of q8_256 over 16 values
+  const int8_t* q8_256;      // [k], value = scale_256[i / 256] * factor_32[i / 32] * q8_256[i]; k is a multiple of 256
+  const float* scale_256;    // [k / 256]
+  const int16_t* factor_32;  // [k / 32], 1..max_factor
+  const int16_t* sums_16;    // [k / 16], sum of factor_32 * q8_256 over 16 values
 };
 
 /// out[c][r] = weights[r] . columns[c], for `rows` consecutive weight rows.
@@ -24,9 +35,10 @@ struct Column {
 /// on the instruction set. Per pair (row, column), all float32, `i*` exact in int32, blocks in ascending order, acc starts at 0:
 ///   Q8_0:  acc = fma(d_w * d_y, float(isum), acc)                                             per 32-block
 ///   Q4_K:  acc = fma(d_y, fma(d, float(isum), -(dmin * float(msum))), acc)                    per 256-block,
-///          isum = sum over s of scale[s] * (q . y)_s, msum = sum over s of min[s] * ysum_s
+///          isum = sum over s of scale[s] * f_s * (q . y)_s, msum = sum over s of min[s] * f_s * ysum_s
 ///   Q6_K:  acc = fma(d_y * d, float(isum), acc)                                               per 256-block,
-///          isum = sum over s of scale[s] * ((q - 32) . y)_s
+///          isum = sum over s of scale[s] * f_s * ((q - 32) . y)_s
+///   where f_s is the factor_32 of sub-block s: the sum stays exact in int32, and a sub-block of small values keeps its precision.
 ///   float: 32 partial sums, partial j takes the k = j (mod 32) in ascending order by fma(w, y, partial) (a tail is padded with zeros);
 ///          as four vectors v0..v3 of 8 lanes: reduce_add((v0 + v1) + (v2 + v3)).
 /// Float products of quantized weights first make w exactly as: Q8_0 d * q; Q4_K fma(d * scale, q, -(dmin * min)); Q6_K (d * scale) * (q - 32).
@@ -91,7 +103,9 @@ struct Kernels {
 
   /// d = max |x| / 127, q = round to nearest even of x * (127 / max |x|); a block of zeros has d = 0 and q = 0. k is a multiple of the block.
   void (*quantize_q8_32)(const float* x, int k, int8_t* q, float* scale);
-  void (*quantize_q8_256)(const float* x, int k, int8_t* q, float* scale, int16_t* sums_16);
+  /// With A = max |x| of 256 values and a = max |x| of 32 of them: d = A / (127 max_factor), factor = ceil(a * (max_factor / A)) but at
+  /// least 1, q = round to nearest even of x * ((127 max_factor / A) / factor). Half the error of one scale for all 256.
+  void (*quantize_q8_256)(const float* x, int k, const PackedRow& out);
 
   void (*norm)(const NormRowArgs&);
   void (*qk_norm_rope)(const QkNormRopeArgs&);

@@ -74,6 +74,10 @@ void CpuBackend::top_candidates(const TopCandidatesArgs& args) {
     double plain = 0, scaled = 0;
     for (int c = 0; c < chunks; ++c) plain += sums[static_cast<size_t>(r * chunks + c) * 2], scaled += sums[static_cast<size_t>(r * chunks + c) * 2 + 1];
     const double largest = static_cast<double>(args.values[r * args.count]);
+    if (args.values[r * args.count] == nothing) {  // nothing can be chosen: the sums above are of NaN
+      args.log_sum_exp[r] = args.log_sum_exp_at_temperature[r] = largest;
+      continue;
+    }
     args.log_sum_exp[r] = largest + std::log(plain);
     args.log_sum_exp_at_temperature[r] = largest / static_cast<double>(args.temperatures[static_cast<size_t>(r)]) + std::log(scaled);
   }

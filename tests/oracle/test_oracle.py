@@ -58,5 +58,5 @@ def test_reference_agrees_with_llama_cpp(model, kv_type):
     else:
         assert exact["median_relative_l2"] < 8e-2 and exact["median_kl"] < 2e-2
     if name.startswith(("q4", "q6")) and kv_type == "f32":
-        simulated = ReferenceModel(path, activations="int8", kv_type=kv_type).logits(token_ids)
+        simulated = ReferenceModel(path, activations="int8", kv_type=kv_type, max_factor=1).logits(token_ids)
         assert reference.logit_statistics(simulated, got)["median_relative_l2"] < 0.75 * exact["median_relative_l2"]

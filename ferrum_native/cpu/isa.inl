@@ -1,0 +1,70 @@
+// All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 where it is that one.
+#include "kernels.h"
+#include "simd.h"
+#include "tuning.h"
+
+namespace ferrum::cpu::FERRUM_ISA {
+
+#include "dot_common.inl"
+
+#include "dot_q4_k.inl"
+#include "dot_q6_k.inl"
+#include "dot_q8_0.inl"
+
+#include "dot_float.inl"
+
+#include "attention.inl"
+#include "candidates.inl"
+#include "quantize.inl"
+#include "rows.inl"
+
+/// The products of a weight type; one without them does not compile.
+template <WeightType> struct ProductsOf;
+template <class W> struct ProductsOfFloats {
+  static constexpr DotKernel dot = dot_floats<W>, dot_float = dot_floats<W>;
+  static constexpr DequantizeRow dequantize = dequantize_floats<W>;
+};
+template <DotKernel Dot, DequantizeRow Dequantize> struct ProductsOfBlocks {
+  static constexpr DotKernel dot = Dot, dot_float = dot_float_quantized<Dequantize>;
+  static constexpr DequantizeRow dequantize = Dequantize;
+};
+template <> struct ProductsOf<WeightType::F32> : ProductsOfFloats<WeightsF32> {};
+template <> struct ProductsOf<WeightType::F16> : ProductsOfFloats<WeightsF16> {};
+template <> struct ProductsOf<WeightType::BF16> : ProductsOfFloats<WeightsBF16> {};
+template <> struct ProductsOf<WeightType::Q8_0> : ProductsOfBlocks<dot_q8_0, dequantize_q8_0> {};
+template <> struct ProductsOf<WeightType::Q4_K> : ProductsOfBlocks<dot_q4_k, dequantize_q4_k> {};
+template <> struct ProductsOf<WeightType::Q6_K> : ProductsOfBlocks<dot_q6_k, dequantize_q6_k> {};
+
+constexpr Kernels make_kernels(const char* name) {
+#define X(type, id, weights, bytes, form) ProductsOf<WeightType::type>::FERRUM_FIELD,
+  return {
+      .name = name,
+#define FERRUM_FIELD dot
+      .dot = {FERRUM_WEIGHT_TYPES(X)},
+#undef FERRUM_FIELD
+#define FERRUM_FIELD dot_float
+      .dot_float = {FERRUM_WEIGHT_TYPES(X)},
+#undef FERRUM_FIELD
+      .dot_scratch_bytes = dot_scratch_bytes,
+#define FERRUM_FIELD dequantize
+      .dequantize = {FERRUM_WEIGHT_TYPES(X)},
+#undef FERRUM_FIELD
+      .quantize_q8_32 = quantize_q8_32,
+      .quantize_q8_256 = quantize_q8_256,
+      .norm = norm,
+      .qk_norm_rope = qk_norm_rope,
+      .write_key = write_key,
+      .write_value = write_value,
+      .attention_tile = attention_tile,
+      .attention_combine = attention_combine,
+      .attention_result = attention_result,
+      .softmax = softmax,
+      .silu_product = silu_product,
+      .weighted_sum = weighted_sum,
+      .next_greater = next_greater,
+      .sum_exp = sum_exp,
+  };
+#undef X
+}
+
+}  // namespace ferrum::cpu::FERRUM_ISA
