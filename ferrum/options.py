@@ -140,7 +140,7 @@ class EngineOptions:
     )
     kv_tokens: int | None = setting(
         None, int, "tokens that the KV cache holds: prompt and generated text together",
-        unit="tokens", minimum=1, maximum=1 << 31, default_text="the model's context, at most 8192",
+        unit="tokens", minimum=1, maximum=1 << 30, default_text="the model's context, at most 8192",
     )
     kv_type: str = setting("f16", str, "number type of the KV cache (f32 is for proof)", choices=("f16", "f32"), metavar="TYPE")
     activations: str = setting(

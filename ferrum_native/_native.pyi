@@ -18,11 +18,16 @@ class _TensorInfo(Protocol):
 class _Model(Protocol):
     """What the engine reads of a `ferrum.gguf_file.GGUFFile`."""
 
-    paths: tuple[str, ...]
-    metadata: dict[str, Any]
-    tensors: dict[str, _TensorInfo]
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, _TensorInfo]: ...
 
 def split_strings(data: bytes | memoryview, offset: int, count: int) -> tuple[list[str], int]: ...
+def skip_strings(data: bytes | memoryview, offset: int, count: int) -> int: ...
+def split_merges(data: bytes | memoryview, offset: int, count: int) -> tuple[list[tuple[str, str]], int]: ...
 def plan(
     model: _Model,
     *,
@@ -39,6 +44,7 @@ def plan(
 
     Returns a dict: `config` (name -> value: architecture, num_layers, hidden_size, num_heads, num_kv_heads, head_dim, num_experts, top_k,
     expert_ffn_size, vocab_size, context_length, rope_theta, rms_eps, norm_topk_prob, tied_embeddings...), `options` (every effective option),
+    `device` (as people read it: "cpu (avx2, 2 threads)"),
     `weights_bytes` (mapped, in place), `weights_extra_bytes` (copies that the device makes of weights), `kv_bytes`, `kv_bytes_per_token`,
     `scratch_bytes` and `total_bytes`, all in bytes. Errors as of `Engine`.
     """
@@ -87,11 +93,16 @@ class Engine:
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
 
+    `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx2", "scalar";
+    None: the best of this machine), `poison_freed_kv` (freed KV blocks are filled with NaN) and `fail_at` (that call to the device raises
+    DeviceError, once).
+
     Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
     """
 
     config: dict[str, Any]
     options: dict[str, Any]
+    device: str  # as people read it
     kv_capacity: int  # tokens
     kv_bytes_per_token: int
 
@@ -107,6 +118,10 @@ class Engine:
         max_logit_rows: int | None = None,
         activations: str = "int8",
         threads: int | None = None,
+        unused_tokens: Sequence[int] | None = None,
+        instruction_set: str | None = None,
+        poison_freed_kv: bool = False,
+        fail_at: int = -1,
     ) -> None: ...
     def prefill(self, sequence: int, tokens: Sequence[int], logits: Literal["last", "none", "all"] = "last") -> Logits | None:
         """Append `tokens` to a live sequence or start one. None for logits="none". Ctrl-C or `cancel()` stop it between two chunks: the

@@ -6,6 +6,7 @@ import operator
 import os
 import threading
 from collections import namedtuple
+from contextlib import contextmanager
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cython.operator cimport dereference
@@ -102,6 +103,16 @@ cdef int describe(object model, ModelDescription& out) except -1:
     return 0
 
 
+@contextmanager
+def naming(model):
+    """Puts the model file's path before the core's errors about its contents."""
+    try:
+        yield
+    except errors.ModelFileError as error:
+        path = model.paths[0]
+        raise error if str(error).startswith(path) else type(error)(f"{path}: {error}") from None
+
+
 cdef object config_value(const MetadataValue& value):
     if holds_alternative[cbool](value):
         return <bint>get[cbool](value)
@@ -165,11 +176,15 @@ cdef DeviceOptions device_options(object options, object instruction_set):
 def plan(model, **given):
     """What an Engine with these options would be and take, without loading anything; see `_native.pyi`."""
     cdef ModelDescription description
+    cdef unique_ptr[Model] native_model
+    cdef unique_ptr[Backend] backend
+    cdef EnginePlan plan
     describe(model, description)
     options = checked_options(given)
-    cdef unique_ptr[Model] native_model = make_model(description)
-    cdef unique_ptr[Backend] backend = make_backend(device_options(options, None))
-    cdef EnginePlan plan = make_plan(dereference(native_model), dereference(backend), engine_options(options))
+    with naming(model):
+        native_model = make_model(description)
+        backend = make_backend(device_options(options, None))
+        plan = make_plan(dereference(native_model), dereference(backend), engine_options(options))
     return {
         "config": config_dict(model, native_model.get().config()),
         "options": effective_options(options, plan),
@@ -240,7 +255,7 @@ cdef class Engine:
     cdef object lock
     cdef int process
 
-    def __init__(self, model, *, instruction_set=None, poison_freed_kv=False, unused_tokens=None, **given):
+    def __init__(self, model, *, unused_tokens=None, instruction_set=None, poison_freed_kv=False, fail_at=-1, **given):
         cdef ModelDescription description
         cdef unique_ptr[Model] native_model
         cdef unique_ptr[Backend] backend
@@ -255,15 +270,17 @@ cdef class Engine:
         native_options = engine_options(options)
         native_options.poison_freed_kv = poison_freed_kv
         chosen_device = device_options(options, instruction_set)
+        chosen_device.fail_at = fail_at
         describe(model, description)
         if unused_tokens is None:
             types = model.metadata.get("tokenizer.ggml.token_type", ())
             unused_tokens = [token for token, kind in enumerate(types) if kind == UNUSED_TOKEN]
         fill_tokens(sorted(unused_tokens), unused)
-        with nogil:
-            native_model = make_model(description)
-            backend = make_backend(chosen_device)
-            self.native.reset(new NativeEngine(move(native_model), move(backend), native_options))
+        with naming(model):
+            with nogil:
+                native_model = make_model(description)
+                backend = make_backend(chosen_device)
+                self.native.reset(new NativeEngine(move(native_model), move(backend), native_options))
         self.native.get().exclude_tokens(move(unused))
         self.config = config_dict(model, self.native.get().config())
         self.options = effective_options(options, self.native.get().plan())

@@ -88,6 +88,7 @@ cdef extern from "devices.h" namespace "ferrum" nogil:
         string device, instruction_set
         int threads
         cbool float_activations
+        int64_t fail_at
     unique_ptr[Backend] make_backend(const DeviceOptions&) except +raise_current_error
 
 cdef extern from "models/model.h" namespace "ferrum" nogil:

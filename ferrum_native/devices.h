@@ -12,6 +12,7 @@ struct DeviceOptions {
   int threads = 1;
   bool float_activations = false;
   std::string instruction_set;  // of the CPU: "avx2", "scalar"; empty: the best
+  int64_t fail_at = -1;         // tests: the call of a step that fails once; -1: none
 };
 
 std::unique_ptr<Backend> make_backend(const DeviceOptions& options);

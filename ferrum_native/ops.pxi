@@ -480,6 +480,7 @@ cdef class KvPool:
     def hold(self, sequence, tokens):
         cdef vector[BlockCopy] copies
         self.native.get().hold(sequence, tokens, copies)
+        self.native.get().commit()
         return block_copies(copies)
 
     def fork(self, source, target):

@@ -153,7 +153,7 @@ class Backend {
   virtual void gather_rows(const Tensor& x, const Tensor& out) = 0;
   virtual void top_candidates(const TopCandidatesArgs&) = 0;
   virtual void copy_kv_blocks(Kv&, std::span<const BlockCopy>) = 0;
-  /// Fills blocks with NaN, so that a test sees every read of memory that was given back.
+  /// Fills blocks with NaN, at once, so that a test sees every read of memory that was given back.
   virtual void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) = 0;
   /// The only wait; asynchronous device errors surface here.
   virtual void finish() = 0;

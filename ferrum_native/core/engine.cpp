@@ -104,27 +104,33 @@ void Engine::step(std::span<const Chunk> chunks) {
 
 void Engine::prefill(const Chunk& prompt, const std::function<bool()>& should_stop) {
   check_tokens(prompt);
-  const bool live = pool_.live(prompt.sequence);
-  const int length = live ? pool_.at(prompt.sequence).length : 0;
-  const int blocks = live ? static_cast<int>(pool_.at(prompt.sequence).blocks.size()) : 0;
   if (prompt.tokens.size() > static_cast<size_t>(std::numeric_limits<int>::max() / 2)) invalid("a prompt of " + std::to_string(prompt.tokens.size()) + " tokens is beyond any model's context.");
   cancelled_ = false;
-  reserve(prompt.sequence, static_cast<int>(prompt.tokens.size()));
+  const Savepoint before = pool_.save(prompt.sequence);
   try {
-    const auto chunk = static_cast<size_t>(plan_.options.prefill_chunk);
-    for (size_t done = 0; done < prompt.tokens.size();) {
-      if (done > 0 && (cancelled_ || should_stop())) throw Error(ErrorKind::Cancelled, "the prefill of sequence " + std::to_string(prompt.sequence) + " was cancelled; the sequence is as it was before.");
-      const size_t count = std::min(chunk, prompt.tokens.size() - done);
-      const bool last = done + count == prompt.tokens.size();
-      const Chunk part{prompt.sequence, prompt.tokens.subspan(done, count), last || prompt.logits == LogitsWanted::All ? prompt.logits : LogitsWanted::Nothing};
-      run({&part, 1}, prompt.logits == LogitsWanted::All ? static_cast<int>(done) : 0);
-      done += count;
-    }
+    reserve(prompt.sequence, static_cast<int>(prompt.tokens.size()));
+    prefill_chunks(prompt, should_stop);
   } catch (...) {
-    logit_rows_ = 0;
-    pool_.truncate(prompt.sequence, length, blocks);
+    pool_.restore(before);
     poison_freed();
     throw;
+  }
+  pool_.forget(before);
+  poison_freed();
+}
+
+void Engine::prefill_chunks(const Chunk& prompt, const std::function<bool()>& should_stop) {
+  const auto chunk = static_cast<size_t>(plan_.options.prefill_chunk);
+  for (size_t done = 0; done < prompt.tokens.size();) {
+    if (done > 0 && (cancelled_ || should_stop())) {
+      logit_rows_ = 0;
+      throw Error(ErrorKind::Cancelled, "the prefill of sequence " + std::to_string(prompt.sequence) + " was cancelled; the sequence is as it was before.");
+    }
+    const size_t count = std::min(chunk, prompt.tokens.size() - done);
+    const bool last = done + count == prompt.tokens.size();
+    const Chunk part{prompt.sequence, prompt.tokens.subspan(done, count), last || prompt.logits == LogitsWanted::All ? prompt.logits : LogitsWanted::Nothing};
+    run({&part, 1}, prompt.logits == LogitsWanted::All ? static_cast<int>(done) : 0);
+    done += count;
   }
 }
 
@@ -222,16 +228,23 @@ void Engine::reset() {
 void Engine::reserve(int64_t sequence, int tokens) {
   if (tokens < 0) invalid("a negative number of tokens cannot be reserved.");
   pool_.hold(sequence, tokens, copies_);
-  if (copies_.empty()) return;
-  backend_->copy_kv_blocks(*kv_, copies_);
-  backend_->finish();
+  try {
+    if (!copies_.empty()) {
+      backend_->copy_kv_blocks(*kv_, copies_);
+      backend_->finish();
+    }
+  } catch (...) {
+    pool_.rollback();
+    poison_freed();
+    throw;
+  }
+  pool_.commit();
+  poison_freed();
 }
 
 void Engine::poison_freed() {
   if (!plan_.options.poison_freed_kv) return;
-  const std::vector<int32_t> freed = pool_.take_freed();
-  backend_->poison_kv_blocks(*kv_, freed);
-  backend_->finish();
+  backend_->poison_kv_blocks(*kv_, pool_.take_freed());
 }
 
 void Engine::warm_up() {

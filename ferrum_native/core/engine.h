@@ -84,6 +84,7 @@ class Engine {
  private:
   void check(std::span<const Chunk> chunks) const;
   void check_tokens(const Chunk& chunk) const;
+  void prefill_chunks(const Chunk& prompt, const std::function<bool()>& should_stop);
   void run(std::span<const Chunk> chunks, int first_logit_row);
   void build_batch(std::span<const Chunk> chunks);
   void append_to_batch(const Chunk& chunk, const Sequence& sequence);

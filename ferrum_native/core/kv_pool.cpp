@@ -113,7 +113,6 @@ void KvPool::hold(int64_t id, int tokens, std::vector<BlockCopy>& copies) {
   const Growth growth[] = {{id, tokens}};
   grow(growth, copies);
   undo_.front().tokens = 0;
-  commit();
 }
 
 void KvPool::fork(int64_t source, int64_t target) {
@@ -146,6 +145,31 @@ void KvPool::truncate(int64_t id, int length, int blocks) {
     sequence.blocks.pop_back();
   }
   if (length == 0 && blocks == 0) sequences_.erase(found);
+}
+
+Savepoint KvPool::save(int64_t id) {
+  Savepoint savepoint{id};
+  auto found = sequences_.find(id);
+  if (found == sequences_.end()) return savepoint;
+  const Sequence& sequence = found->second;
+  savepoint.length = sequence.length;
+  savepoint.blocks = static_cast<int>(sequence.blocks.size());
+  if (must_copy(sequence)) {
+    savepoint.shared = sequence.blocks[static_cast<size_t>(first_written(sequence))];
+    ++references_[static_cast<size_t>(savepoint.shared)];
+  }
+  return savepoint;
+}
+
+void KvPool::restore(const Savepoint& savepoint) {
+  truncate(savepoint.sequence, savepoint.length, savepoint.blocks);
+  if (savepoint.shared == invalid_block) return;
+  int32_t& block = sequences_.at(savepoint.sequence).blocks[static_cast<size_t>(savepoint.length / kv_block_tokens)];
+  drop_block(std::exchange(block, savepoint.shared));
+}
+
+void KvPool::forget(const Savepoint& savepoint) {
+  if (savepoint.shared != invalid_block) drop_block(savepoint.shared);
 }
 
 std::vector<int32_t> KvPool::take_freed() { return std::exchange(freed_, {}); }

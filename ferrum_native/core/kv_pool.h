@@ -19,6 +19,12 @@ struct Growth {
   int tokens;
 };
 
+struct Savepoint {
+  int64_t sequence;
+  int length = 0, blocks = 0;
+  int32_t shared = invalid_block;  // the last block, if a fork shares it: kept referenced, as a step may replace it by a copy
+};
+
 /// Blocks of kv_block_tokens tokens. A step is grow -> (the backend writes) -> commit or rollback. Every call either does all of what it says
 /// or throws and changes nothing.
 class KvPool {
@@ -31,13 +37,18 @@ class KvPool {
   void commit();
   void rollback();
 
-  /// Room for `tokens` more, held until release; starts the sequence if it is not live. `copies` as of `grow`, to be made at once.
+  /// As `grow`, but `commit` leaves the length as it is: the room is held until release.
   void hold(int64_t sequence, int tokens, std::vector<BlockCopy>& copies);
   void fork(int64_t source, int64_t target);
   void release(int64_t sequence);
   void reset();
   /// Back to an earlier length; blocks beyond `blocks` go back to the pool. A sequence cut to 0 tokens and 0 blocks ends.
   void truncate(int64_t sequence, int length, int blocks);
+
+  /// Remembers a sequence, live or not, before steps that may have to be taken back together; ends with `restore` or `forget`.
+  Savepoint save(int64_t sequence);
+  void restore(const Savepoint&);
+  void forget(const Savepoint&);
 
   bool live(int64_t sequence) const { return sequences_.count(sequence) != 0; }
   const Sequence& at(int64_t sequence) const;

@@ -8,14 +8,6 @@
 namespace ferrum::cpu {
 namespace {
 
-bool runs_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
-}
-
 struct Forms {
   bool q8_32 = false, q8_256 = false;
 };
@@ -35,7 +27,8 @@ Forms forms_for(std::span<const WeightType> consumers, bool float_activations) {
 const Kernels& choose_kernels(const std::string& instruction_set) {
   if (instruction_set == "scalar") return kernels_scalar;
 #if defined(__x86_64__)
-  if (runs_avx2() && (instruction_set.empty() || instruction_set == "avx2")) return kernels_avx2;
+  const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (runs_avx2 && (instruction_set.empty() || instruction_set == "avx2")) return kernels_avx2;
 #endif
   if (instruction_set.empty()) return kernels_scalar;
   throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx2 (x86-64 with AVX2, FMA and F16C) or scalar.");
