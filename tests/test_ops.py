@@ -769,3 +769,15 @@ def test_f16_values_round_as_numpy_does(backend):
 def test_place_weight_refuses_unknown_types(backend):
     with pytest.raises(ValueError, match="type 2"):
         backend().place_weight(np.zeros(18, dtype=np.uint8), 2, (1, 32))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("place", [0, 7, 200, 255])
+def test_a_nan_activation_makes_every_product_nan_and_no_other_row(backend, kind, place):
+    runner = backend()
+    raw = random_tensor(kind, (9, 256), 0.1, np.random.default_rng(3))
+    weight = runner.place_weight(raw, TYPES[kind], (9, 256))
+    x = random_rows(3, 256)
+    x[1, place] = np.nan
+    got = runner.linear(x, [weight])
+    assert np.isnan(got[1]).all() and np.isfinite(got[[0, 2]]).all()

@@ -56,7 +56,7 @@ struct Rows8 {
 };
 
 /// Sixteen bytes of each row, transposed: lane r of out[i] is bytes 4 i..4 i + 3 of row r.
-inline void load_quads(Rows8 rows, size_t offset, __m256i out[4]) {
+[[gnu::always_inline]] inline void load_quads(Rows8 rows, size_t offset, __m256i out[4]) {
   auto pair = [&](int r) {
     __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.row(r) + offset));
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.row(r + 4) + offset)), 1);
@@ -101,24 +101,48 @@ inline __m256i sum_lanes(const __m256i x[8]) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-/// Fetches memory ahead of the rows being computed, in the order of addresses: the hardware does not follow eight short streams.
-/// Never faults, so it may run past the end of the weights; addresses are integers, as such a pointer must not be formed.
-struct Prefetch {
-  uintptr_t next;
-  template <int Bytes> void ahead() {
-    for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(next + static_cast<uintptr_t>(i)), _MM_HINT_T0);
-    next += Bytes;
+/// Fetches memory ahead of the rows being computed. Never faults, so it may run past the end of the weights; addresses are integers, as
+/// such pointers must not be formed.
+class Prefetch {
+ public:
+  Prefetch(Rows8 rows, int row_count, size_t row_bytes)
+      : linear_(address(rows.base) + group(rows, row_count) + tuning::prefetch_bytes), use_(address(rows.base)), stride_(rows.stride),
+        left_(row_bytes), to_next_group_(group(rows, row_count) - row_bytes) {}
+
+  /// The next bytes in the order of addresses, into the L2 cache: the hardware does not follow eight short streams.
+  template <int Bytes> void to_l2() {
+    fetch<Bytes, _MM_HINT_T1>(linear_);
+    linear_ += Bytes;
+  }
+  /// Turns to the block after the one to be computed; at the end of the rows that is the first block of the next group.
+  template <int BlockBytes> void next_block() {
+    use_ += BlockBytes;
+    left_ -= BlockBytes;
+    if (left_ == 0) use_ += to_next_group_;
+  }
+  /// That block of row `r`, into the L1 cache.
+  template <int BlockBytes> void to_l1(int r) const { fetch<BlockBytes, _MM_HINT_T0>(use_ + static_cast<size_t>(r) * stride_); }
+
+ private:
+  uintptr_t linear_, use_;
+  size_t stride_, left_, to_next_group_;
+
+  static uintptr_t address(const std::byte* p) { return reinterpret_cast<uintptr_t>(p); }
+  static size_t group(Rows8 rows, int row_count) { return rows.stride * static_cast<size_t>(row_count); }
+  template <int Bytes, auto Hint> static void fetch(uintptr_t from) {
+    for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + static_cast<uintptr_t>(i)), Hint);
   }
 };
-inline Prefetch prefetch_after(Rows8 rows) { return {reinterpret_cast<uintptr_t>(rows.base) + 8 * rows.stride}; }
 
 /// The products of a quantized type `Q` with any number of rows and columns. Q gives
 ///   block_bytes, block_weights, tile_columns,
 ///   rows8<C>(Rows8, k, columns, out):  8 rows and C = 1..4 columns in registers; out[c] takes 8 floats,
-///   Unpacked, step_weights, unpack(Rows8 of rows 0..7, Rows8 of 8..15, weights in this step, Unpacked&),
+///   Unpacked, step_weights, unpack(Rows8 of rows 0..7, Rows8 of 8..15, weights in this step, Prefetch&, Unpacked&),
 ///   tile<C>(Unpacked, weights in this step, position in k, columns, sums): adds to the 16 sums of C = 1..4 columns.
 template <class Q> struct QuantizedDot {
   using Out = float* const*;
+
+  static size_t row_bytes(int k) { return static_cast<size_t>(k / Q::block_weights) * Q::block_bytes; }
 
   static void rows8(Rows8 rows, int k, const Column* columns, int count, Out out, int row) {
     for (int c = 0; c < count; c += 4) {
@@ -141,9 +165,10 @@ template <class Q> struct QuantizedDot {
     static_assert(sizeof(typename Q::Unpacked) + sizeof(float[tuning::tile_columns_max][16]) <= tile_scratch_bytes);
     std::memset(sums, 0, static_cast<size_t>(count) * sizeof(float[16]));
     Rows8 high{low.row(8), low.stride};
+    Prefetch prefetch(low, 16, row_bytes(k));
     for (int i = 0; i < k; i += Q::step_weights) {
       int n = k - i < Q::step_weights ? k - i : Q::step_weights;
-      Q::unpack(low, high, n, unpacked);
+      Q::unpack(low, high, n, prefetch, unpacked);
       size_t step_bytes = static_cast<size_t>(n / Q::block_weights) * Q::block_bytes;
       low.base += step_bytes;
       high.base += step_bytes;
@@ -161,7 +186,7 @@ template <class Q> struct QuantizedDot {
 
   /// Fewer than eight rows: copied, with blocks of zeros below them.
   static void few_rows(const DotArgs& args) {
-    size_t bytes = static_cast<size_t>(args.k / Q::block_weights) * Q::block_bytes;
+    size_t bytes = row_bytes(args.k);
     std::memset(args.scratch, 0, 8 * bytes);
     for (int r = 0; r < args.rows; ++r) std::memcpy(args.scratch + static_cast<size_t>(r) * bytes, args.weights + static_cast<size_t>(r) * args.row_bytes, bytes);
     for (int c = 0; c < args.column_count; ++c) {

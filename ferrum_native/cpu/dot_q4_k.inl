@@ -72,58 +72,13 @@ struct Q4_K {
     return _mm_hadd_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   }
 
-  /// Scales as int16 in the low half, mins in the high half, in the order of the sub-blocks.
-  static inline __m256i scales_and_mins(const std::byte* block) {
-    uint32_t x[3];
-    std::memcpy(x, block + offsetof(BlockQ4_K, scales), sizeof x);
-    const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, upper_two = 0x30303030;
-    return _mm256_cvtepu8_epi16(_mm_setr_epi32(static_cast<int>(x[0] & six), static_cast<int>((x[2] & four) | (x[0] >> 2 & upper_two)),
-                                               static_cast<int>(x[1] & six), static_cast<int>((x[2] >> 4 & four) | (x[1] >> 2 & upper_two))));
-  }
-
-  /// Eight rows and one column with lanes along k: no transposition, one horizontal sum of integers per block and row.
-  static void rows8_one(Rows8 rows, int k, const Column& column, float* out) {
-    const __m256i low_nibbles = _mm256_set1_epi8(15);
-    Prefetch prefetch = prefetch_after(rows);
-    __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
-      const int8_t* y = column.q8_256 + i;
-      const __m128i y_sums = sums_32(column, i);
-      const __m256i factors = broadcast_16(column.factor_32 + i / 32);
-      __m256i isum[8];
-      __m128i msum[8];
-#pragma GCC unroll 1
-      for (int r = 0; r < 8; ++r) {
-        const std::byte* block = rows.row(r);
-        prefetch.ahead<block_bytes>();
-        const __m256i both = scales_and_mins(block);
-        msum[r] = _mm_madd_epi16(_mm256_extracti128_si256(both, 1), y_sums);
-        const __m256i scales = _mm256_mullo_epi16(_mm256_permute2x128_si256(both, both, 0), factors);
-        __m256i sum = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const __m256i q = load_256(block + 16 + 32 * j);
-          const __m256i low = _mm256_and_si256(q, low_nibbles), high = _mm256_and_si256(_mm256_srli_epi16(q, 4), low_nibbles);
-          auto scale = [&](int s) { return _mm256_shuffle_epi8(scales, _mm256_set1_epi16(static_cast<int16_t>(2 * s | (2 * s + 1) << 8))); };
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale(2 * j), _mm256_maddubs_epi16(low, load_256(y + 64 * j))));
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale(2 * j + 1), _mm256_maddubs_epi16(high, load_256(y + 64 * j + 32))));
-        }
-        isum[r] = sum;
-      }
-      const __m128i m0 = _mm_hadd_epi32(_mm_hadd_epi32(msum[0], msum[1]), _mm_hadd_epi32(msum[2], msum[3]));
-      const __m128i m1 = _mm_hadd_epi32(_mm_hadd_epi32(msum[4], msum[5]), _mm_hadd_epi32(msum[6], msum[7]));
-      acc = add_block(acc, column.scale_256[i / 256], load_f16_of_rows(rows, 0), load_f16_of_rows(rows, 2), sum_lanes(isum), _mm256_set_m128i(m1, m0));
-    }
-    _mm256_storeu_ps(out, acc);
-  }
-
   template <int C> static void rows8(Rows8 rows, int k, const Column* columns, float* const* out) {
-    if constexpr (C == 1) return rows8_one(rows, k, columns[0], out[0]);
     const __m256i low_nibbles = _mm256_set1_epi8(15);
-    Prefetch prefetch = prefetch_after(rows);
+    Prefetch prefetch(rows, 8, static_cast<size_t>(k / block_weights) * block_bytes);
     __m256 acc[C];
     for (int c = 0; c < C; ++c) acc[c] = _mm256_setzero_ps();
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      prefetch.next_block<block_bytes>();
       Head head = load_head(rows);
       const int8_t* y[C];
       __m256i isum[C], msum[C];
@@ -139,11 +94,11 @@ struct Q4_K {
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        prefetch.ahead<8 * block_bytes / 4>();
+        prefetch.to_l2<8 * block_bytes / 4>();
         __m256i even[C], odd[C];  // products of sub-blocks 2 j and 2 j + 1: at most 8 * 2 * 15 * 127 = 30480 in a lane
-        for (int c = 0; c < C; ++c) even[c] = odd[c] = _mm256_setzero_si256();
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
+          prefetch.to_l1<block_bytes>(2 * j + half);
           __m256i q[4];
           load_quads(rows, static_cast<size_t>(16 + 32 * j + 16 * half), q);
 #pragma GCC unroll 4
@@ -151,6 +106,11 @@ struct Q4_K {
             __m256i low = _mm256_and_si256(q[n], low_nibbles), high = _mm256_and_si256(_mm256_srli_epi16(q[n], 4), low_nibbles);
             for (int c = 0; c < C; ++c) {
               const int8_t* at = y[c] + 64 * j + 16 * half + 4 * n;
+              if (half + n == 0) {
+                even[c] = _mm256_maddubs_epi16(low, broadcast_4(at));
+                odd[c] = _mm256_maddubs_epi16(high, broadcast_4(at + 32));
+                continue;
+              }
               add_products_i16(even[c], low, broadcast_4(at));
               add_products_i16(odd[c], high, broadcast_4(at + 32));
             }
@@ -183,9 +143,13 @@ struct Q4_K {
     __m256 d[2], dmin[2];
   };
 
-  static void unpack(Rows8 low, Rows8 high, int, Unpacked& out) {
+  static void unpack(Rows8 low, Rows8 high, int, Prefetch& prefetch, Unpacked& out) {
+    prefetch.next_block<block_bytes>();
+    for (int r = 0; r < 16; ++r) prefetch.to_l1<block_bytes>(r);
     unpack_rows8(low, 0, out);
+    prefetch.to_l2<8 * block_bytes>();
     unpack_rows8(high, 1, out);
+    prefetch.to_l2<8 * block_bytes>();
   }
   static inline void unpack_rows8(Rows8 rows, int h, Unpacked& out) {
     const __m256i low_nibbles = _mm256_set1_epi8(15);
@@ -218,14 +182,17 @@ struct Q4_K {
 #pragma GCC unroll 1
     for (int s = 0; s < 8; ++s) {
       __m256i a[C][2];
-      for (int c = 0; c < C; ++c) a[c][0] = a[c][1] = _mm256_setzero_si256();
 #pragma GCC unroll 8
       for (int n = 0; n < 8; ++n)
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
           __m256i four = broadcast_4(y[c] + 32 * s + 4 * n);
-          add_products_i16(a[c][0], w.q[8 * s + n][0], four);
-          add_products_i16(a[c][1], w.q[8 * s + n][1], four);
+          for (int h = 0; h < 2; ++h) {
+            if (n == 0)
+              a[c][h] = _mm256_maddubs_epi16(w.q[8 * s][h], four);
+            else
+              add_products_i16(a[c][h], w.q[8 * s + n][h], four);
+          }
         }
       for (int c = 0; c < C; ++c) {
         const __m256i factor = broadcast_2(columns[c].factor_32 + i / 32 + s);

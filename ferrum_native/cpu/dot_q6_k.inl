@@ -56,17 +56,19 @@ struct Q6_K {
 
   /// Eight rows and one column with lanes along k: no transposition, one horizontal sum of integers per block and row.
   static void rows8_one(Rows8 rows, int k, const Column& column, float* out) {
-    Prefetch prefetch = prefetch_after(rows);
+    Prefetch prefetch(rows, 8, static_cast<size_t>(k / block_weights) * block_bytes);
     const __m128i evens_odds = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     __m256 acc = _mm256_setzero_ps();
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      prefetch.next_block<block_bytes>();
       const int8_t* y = column.q8_256 + i;
       const __m256i y_sums = load_256(column.sums_16 + i / 16), factors = broadcast_16(column.factor_32 + i / 32);
       __m256i isum[8];
 #pragma GCC unroll 1
       for (int r = 0; r < 8; ++r) {
         const std::byte* block = rows.row(r);
-        prefetch.ahead<block_bytes>();
+        prefetch.to_l2<block_bytes>();
+        prefetch.to_l1<block_bytes>(r);
         __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + scales_offset));
         __m256i sum = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), y_sums), 5);
         sum = _mm256_sub_epi32(_mm256_setzero_si256(), sum);
@@ -94,10 +96,11 @@ struct Q6_K {
 
   template <int C> static void rows8(Rows8 rows, int k, const Column* columns, float* const* out) {
     if constexpr (C == 1) return rows8_one(rows, k, columns[0], out[0]);
-    Prefetch prefetch = prefetch_after(rows);
+    Prefetch prefetch(rows, 8, static_cast<size_t>(k / block_weights) * block_bytes);
     __m256 acc[C];
     for (int c = 0; c < C; ++c) acc[c] = _mm256_setzero_ps();
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      prefetch.next_block<block_bytes>();
       __m256i scales[4];  // bytes are the scales of sub-blocks 4 g..4 g + 3
       load_quads(rows, scales_offset, scales);
       const int8_t* y[C];
@@ -118,7 +121,9 @@ struct Q6_K {
       for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 2
         for (int part = 0; part < 2; ++part) {
-          prefetch.ahead<8 * block_bytes / 4>();
+          prefetch.to_l2<8 * block_bytes / 4>();
+          prefetch.to_l1<block_bytes>(4 * half + 2 * part);
+          prefetch.to_l1<block_bytes>(4 * half + 2 * part + 1);
           __m256i ql[4], qh[4];
           load_quads(rows, qh_offset + static_cast<size_t>(32 * half + 16 * part), qh);
           int offset = 128 * half + 16 * part;
@@ -147,9 +152,13 @@ struct Q6_K {
     __m256 d[2];
   };
 
-  static void unpack(Rows8 low, Rows8 high, int, Unpacked& out) {
+  static void unpack(Rows8 low, Rows8 high, int, Prefetch& prefetch, Unpacked& out) {
+    prefetch.next_block<block_bytes>();
+    for (int r = 0; r < 16; ++r) prefetch.to_l1<block_bytes>(r);
     unpack_rows8(low, 0, out);
+    prefetch.to_l2<8 * block_bytes>();
     unpack_rows8(high, 1, out);
+    prefetch.to_l2<8 * block_bytes>();
   }
   static inline void unpack_rows8(Rows8 rows, int h, Unpacked& out) {
     __m256i scales[4];

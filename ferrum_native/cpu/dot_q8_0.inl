@@ -24,11 +24,11 @@ struct Q8_0 {
   }
 
   template <int C> static void rows8(Rows8 rows, int k, const Column* columns, float* const* out) {
-    Prefetch prefetch = prefetch_after(rows);
+    Prefetch prefetch(rows, 8, static_cast<size_t>(k / block_weights) * block_bytes);
     __m256 acc[C];
     for (int c = 0; c < C; ++c) acc[c] = _mm256_setzero_ps();
     for (int i = 0; i < k; i += 32, rows.base += block_bytes) {
-      prefetch.ahead<8 * block_bytes>();
+      prefetch.to_l2<8 * block_bytes>();
       __m256 d = load_f16_of_rows(rows, 0);
       __m256i isum[C];
       for (int c = 0; c < C; ++c) isum[c] = _mm256_setzero_si256();
@@ -53,8 +53,9 @@ struct Q8_0 {
     __m256 d[4][2];    // [k / 32]
   };
 
-  static void unpack(Rows8 low, Rows8 high, int n, Unpacked& out) {
+  static void unpack(Rows8 low, Rows8 high, int n, Prefetch& prefetch, Unpacked& out) {
     for (int b = 0; b < n / 32; ++b) {
+      prefetch.to_l2<16 * block_bytes>();
       size_t offset = static_cast<size_t>(b * block_bytes);
       for (int h = 0; h < 2; ++h) {
         Rows8 rows = h ? high : low;

@@ -36,9 +36,9 @@ inline void store_sums_16(const int8_t* q, const int16_t* factor_32, int16_t* su
 #endif
 }
 
-/// Largest magnitude of 32 values.
+/// Largest magnitude of 32 values; NaN if one is NaN, which the block's scale then carries on.
 inline float largest_of_32(const float* x) {
-  return reduce_max(max(max(abs(load(x)), abs(load(x + 8))), max(abs(load(x + 16)), abs(load(x + 24)))));
+  return reduce_max_or_nan(max_or_nan(max_or_nan(abs(load(x)), abs(load(x + 8))), max_or_nan(abs(load(x + 16)), abs(load(x + 24)))));
 }
 
 inline void quantize_32(const float* x, float inverse, int8_t* q) {
@@ -64,7 +64,7 @@ inline void quantize_q8_256(const float* x, int k, const PackedRow& out) {
   for (int i = 0; i < k; i += 256) {
     float part[8];
     for (int s = 0; s < 8; ++s) part[s] = largest_of_32(x + i + 32 * s);
-    const float largest = reduce_max(load(part));
+    const float largest = reduce_max_or_nan(load(part));
     const bool zeros = largest < smallest_block;
     out.scale[i / 256] = zeros ? 0.0f : largest / steps;
     const float inverse = zeros ? 0.0f : steps / largest, relative = zeros ? 0.0f : max_factor / largest;

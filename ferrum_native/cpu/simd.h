@@ -63,6 +63,15 @@ inline float reduce_max(F8 a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+/// The larger of lanes that are not negative; NaN counts as larger than every number.
+inline F8 max_or_nan(F8 a, F8 b) { return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))}; }
+inline float reduce_max_or_nan(F8 a) {
+  __m128i x = _mm256_castsi256_si128(_mm256_castps_si256(a.v));
+  x = _mm_max_epi32(x, _mm256_extracti128_si256(_mm256_castps_si256(a.v), 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(x));
+}
 inline float f16_to_float(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 inline uint16_t float_to_f16(float x) {
   return static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
@@ -158,6 +167,13 @@ inline float reduce_max(F8 a) {
   auto pick = [](float x, float y) { return x > y ? x : y; };
   const float* v = a.v;
   return pick(pick(pick(v[0], v[4]), pick(v[2], v[6])), pick(pick(v[1], v[5]), pick(v[3], v[7])));
+}
+inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+inline F8 max_or_nan(F8 a, F8 b) { return each([&](int i) { return larger_or_nan(a.v[i], b.v[i]); }); }
+inline float reduce_max_or_nan(F8 a) {
+  float largest = a.v[0];
+  for (float x : a.v) largest = larger_or_nan(largest, x);
+  return largest;
 }
 
 #endif

@@ -12,6 +12,9 @@ inline constexpr int tile_columns_q8_0 = 8;
 /// Columns that share one unpacking: their activations (2 KB each at k = 2048) stay in the L2 cache over all rows of a call.
 inline constexpr int tile_columns_max = 128;
 
+/// How far the prefetch of weight rows runs ahead of the group of rows after the one being computed.
+inline constexpr int prefetch_bytes = 8192;
+
 /// From this many columns on, four rows and three columns of floats form one register tile.
 inline constexpr int tile_columns_float = 4;
 
