@@ -136,11 +136,9 @@ def test_rope_angles_are_exact_at_any_position(model, scaling):
 
 
 @pytest.mark.slow_under_sanitizers
-def test_demo_model_continues_as_recorded():
+def test_demo_model_continues_as_recorded(demo_f16):
     """Greedy text of the demo in F16, as transformers and llama.cpp continue it."""
-    path = os.environ.get("FERRUM_DEMO_F16") or Path(__file__).resolve().parents[2] / "shared/demo/ferrum-storyteller-f16.gguf"
-    if not os.path.exists(path):
-        pytest.skip(f"the demo model in F16 is not in the repository: set FERRUM_DEMO_F16 (looked at {path})")
+    path = demo_f16
     golden = json.loads((Path(__file__).parent / "golden/demo_f16_greedy.json").read_text())
     assert tensor_digest(path) == golden["tensor_digest"]
     with Engine(GGUFFile.open(path), kv_tokens=1024, max_logit_rows=256, **PROOF) as engine:

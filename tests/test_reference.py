@@ -1,7 +1,6 @@
 """The reference against itself, against values worked out in another way, and against golden values of transformers and llama.cpp."""
 import json
 import math
-import os
 from pathlib import Path
 
 import gguf
@@ -264,9 +263,8 @@ def test_logits_match_golden_of_llama_cpp(golden_path, case):
         assert reference.relative_l2(golden["llama_cpp_columns"], logits[:, golden["columns"]])[0] < 1e-5
 
 
-@pytest.mark.skipif("FERRUM_DEMO_MODEL" not in os.environ, reason="FERRUM_DEMO_MODEL does not name the demo model's F16 file")
-def test_golden_greedy_texts_of_the_demo_model_are_greedy():
-    model = ReferenceModel(os.environ["FERRUM_DEMO_MODEL"])
+def test_golden_greedy_texts_of_the_demo_model_are_greedy(demo_f16):
+    model = ReferenceModel(demo_f16)
     for text in json.loads((GOLDEN / "demo_f16_greedy.json").read_text())["texts"]:
         ids = text["prompt_ids"] + text["greedy_ids"]
         logits = model.logits(ids[:-1])[len(text["prompt_ids"]) - 1:]
