@@ -145,6 +145,7 @@ size_t CpuBackend::scratch_bytes(const StepLimits& limits) const {
 void CpuBackend::reserve_scratch(const StepLimits& limits) {
   arena_ = std::make_unique<Arena>(scratch_bytes(limits));
   visit_scratch(limits, arena_.get(), scratch_, split_partials_, columns_);
+  product_floats_ = limits.tokens * limits.top_k * expert_task_rows;
 }
 
 void CpuBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) {

@@ -114,10 +114,10 @@ class CpuBackend final : public Backend {
   struct ThreadScratch {
     std::byte* dot;    // dot_scratch_bytes
     float** out;       // [T]
-    float* products;   // [T K, expert_task_rows]
+    float* products;   // [product_floats_]
     float* attention;  // two partial results of a tile of queries
   };
-  /// Weight rows of one task of the experts' ops: their products are kept per thread.
+  /// Fewest weight rows of one task of the experts' ops, for which a thread can keep the products of all pairs.
   static constexpr int expert_task_rows = 64;
   /// Prompt tokens that share one read of keys and values.
   static constexpr int query_tile = 8;
@@ -131,8 +131,8 @@ class CpuBackend final : public Backend {
   /// Calls f(row) for every row, on one thread where the work is too small to share.
   template <class F> void each_row(int rows, int cols, F&& f);
   void pack_rows(CpuActivation&, int rows);
-  /// f(weight row first, rows, thread) over blocks of a matrix of `rows` rows that is multiplied with `columns` columns.
   int rows_per_task(int rows) const;
+  int expert_rows_per_task(int rows, int matrices, int columns) const;
   void group_pairs(CpuRouting&);
   struct QueryTile { int sequence, first, queries, kv_head; };
   void attend(const AttentionArgs&, const QueryTile&, int split, float* partial) const;
@@ -146,6 +146,7 @@ class CpuBackend final : public Backend {
   std::vector<ThreadScratch> scratch_;
   float* split_partials_ = nullptr;  // [units, splits] partial results of decode steps
   Column* columns_ = nullptr;        // [T K]
+  int product_floats_ = 0;           // of each thread
 };
 
 }  // namespace ferrum::cpu

@@ -11,6 +11,10 @@ template <class Block> inline Block load_block(const std::byte* p) {
   return block;
 }
 
+/// Fetches a line `bytes` after p into the L2 cache. Never faults, so it may lie past the end of what p points into; the address is an
+/// integer, as such a pointer must not be formed.
+inline void prefetch(const std::byte* p, size_t bytes) { __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2); }
+
 /// Eight int8 as float lanes.
 inline F8 load_i8(const int8_t* p) {
 #if defined(FERRUM_SIMD_AVX2)
@@ -109,9 +113,12 @@ class Prefetch {
       : linear_(address(rows.base) + group(rows, row_count) + tuning::prefetch_bytes), use_(address(rows.base)), stride_(rows.stride),
         left_(row_bytes), to_next_group_(group(rows, row_count) - row_bytes) {}
 
+  /// The first group of a call, all at once: nothing has fetched it, and eight rows read in turn would wait for every line.
+  static void first_group(Rows8 rows, int row_count) { fetch<_MM_HINT_T1>(address(rows.base), group(rows, row_count) + tuning::prefetch_bytes); }
+
   /// The next bytes in the order of addresses, into the L2 cache: the hardware does not follow eight short streams.
   template <int Bytes> void to_l2() {
-    fetch<Bytes, _MM_HINT_T1>(linear_);
+    fetch<_MM_HINT_T1>(linear_, Bytes);
     linear_ += Bytes;
   }
   /// Turns to the block after the one to be computed; at the end of the rows that is the first block of the next group.
@@ -121,7 +128,7 @@ class Prefetch {
     if (left_ == 0) use_ += to_next_group_;
   }
   /// That block of row `r`, into the L1 cache.
-  template <int BlockBytes> void to_l1(int r) const { fetch<BlockBytes, _MM_HINT_T0>(use_ + static_cast<size_t>(r) * stride_); }
+  template <int BlockBytes> void to_l1(int r) const { fetch<_MM_HINT_T0>(use_ + static_cast<size_t>(r) * stride_, BlockBytes); }
 
  private:
   uintptr_t linear_, use_;
@@ -129,8 +136,8 @@ class Prefetch {
 
   static uintptr_t address(const std::byte* p) { return reinterpret_cast<uintptr_t>(p); }
   static size_t group(Rows8 rows, int row_count) { return rows.stride * static_cast<size_t>(row_count); }
-  template <int Bytes, auto Hint> static void fetch(uintptr_t from) {
-    for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + static_cast<uintptr_t>(i)), Hint);
+  template <auto Hint> static void fetch(uintptr_t from, size_t bytes) {
+    for (uintptr_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + line), Hint);
   }
 };
 
@@ -202,8 +209,10 @@ template <class Q> struct QuantizedDot {
     auto rows_at = [&](int r) { return Rows8{args.weights + static_cast<size_t>(r) * args.row_bytes, args.row_bytes}; };
     for (int c = 0; c < args.column_count; c += tuning::tile_columns_max) {
       int left = args.column_count - c, count = left < tuning::tile_columns_max ? left : tuning::tile_columns_max;
+      const bool tiles = count >= Q::tile_columns && args.rows >= 16;
+      Prefetch::first_group(rows_at(0), tiles ? 16 : 8);
       int r = 0;
-      if (count >= Q::tile_columns)
+      if (tiles)
         for (; r + 16 <= args.rows; r += 16) rows16(rows_at(r), args.k, args.columns + c, count, args.out + c, r, args.scratch);
       for (; r < args.rows; r += 8) {
         int first = r + 8 <= args.rows ? r : args.rows - 8;  // the last group overlaps the one before it: the same bits again

@@ -21,8 +21,8 @@ template <class W> struct FloatDot {
   };
 
   /// R rows and C columns; V of the four partial vectors at a time, so that R * C * V stay in registers.
-  /// With V < 4 the walk over k goes in panels that stay in the L1 cache from one partial vector to the next.
-  template <int R, int C, int V> static void tile(Rows rows, int k, const Column* columns, float* const* out, int row) {
+  /// With V < 4 the walk over k goes in panels that stay in the L1 cache from one partial vector to the next. Ahead: fetches the next R rows.
+  template <int R, int C, int V, bool Ahead> static void tile(Rows rows, int k, const Column* columns, float* const* out, int row) {
     constexpr int panel = 512;
     F8 partial[4][R][C];
     for (auto& v : partial)
@@ -39,6 +39,8 @@ template <class W> struct FloatDot {
             F8 y[C];
             for (int c = 0; c < C; ++c) y[c] = load(columns[c].values + i + 8 * j);
             for (int r = 0; r < R; ++r) {
+              if (Ahead && v + j == 0)
+                for (size_t line = 0; line < 32 * W::bytes; line += 64) prefetch(rows.row(r), static_cast<size_t>(R) * rows.stride + static_cast<size_t>(i) * W::bytes + line);
               F8 w = W::at(rows.row(r) + static_cast<size_t>(i + 8 * j) * W::bytes);
               for (int c = 0; c < C; ++c) acc[j][r][c] = fma(w, y[c], acc[j][r][c]);
             }
@@ -64,10 +66,14 @@ template <class W> struct FloatDot {
   }
 
   template <int R, int V> static void columns_of_rows(Rows rows, int k, const Column* columns, int count, float* const* out, int row) {
-    int c = 0;
-    for (; c + 3 <= count; c += 3) tile<R, 3, V>(rows, k, columns + c, out + c, row);
-    if (count - c == 2) tile<R, 2, V>(rows, k, columns + c, out + c, row);
-    if (count - c == 1) tile<R, 1, V>(rows, k, columns + c, out + c, row);
+    const int first = count < 3 ? count : 3;
+    if (first == 3) tile<R, 3, V, V == 4>(rows, k, columns, out, row);
+    if (first == 2) tile<R, 2, V, V == 4>(rows, k, columns, out, row);
+    if (first == 1) tile<R, 1, V, false>(rows, k, columns, out, row);  // one column reads in the order of addresses
+    int c = first;
+    for (; c + 3 <= count; c += 3) tile<R, 3, V, false>(rows, k, columns + c, out + c, row);
+    if (count - c == 2) tile<R, 2, V, false>(rows, k, columns + c, out + c, row);
+    if (count - c == 1) tile<R, 1, V, false>(rows, k, columns + c, out + c, row);
   }
 
   static void rows_at(Rows rows, int row_count, const DotArgs& args, int row) {
@@ -78,18 +84,34 @@ template <class W> struct FloatDot {
   }
 };
 
-template <class W> inline void dot_floats(const DotArgs& args) { FloatDot<W>::rows_at({args.weights, args.row_bytes}, args.rows, args, 0); }
+/// The columns in groups that stay in the L2 cache over all rows.
+template <class F> inline void each_column_group(DotArgs args, F&& f) {
+  const Column* columns = args.columns;
+  float* const* out = args.out;
+  for (int c = 0, count = args.column_count; c < count; c += tuning::group_columns_float) {
+    args.columns = columns + c;
+    args.out = out + c;
+    args.column_count = count - c < tuning::group_columns_float ? count - c : tuning::group_columns_float;
+    f(args);
+  }
+}
+
+template <class W> inline void dot_floats(const DotArgs& all) {
+  each_column_group(all, [](const DotArgs& args) { FloatDot<W>::rows_at({args.weights, args.row_bytes}, args.rows, args, 0); });
+}
 
 using DequantizeRow = void (*)(const std::byte* row, int k, float* out);
 
-template <DequantizeRow Dequantize> inline void dot_float_quantized(const DotArgs& args) {
-  auto* floats = reinterpret_cast<float*>(args.scratch);
-  size_t k = static_cast<size_t>(args.k);
-  for (int row = 0; row < args.rows; row += 4) {
-    int count = args.rows - row < 4 ? args.rows - row : 4;
-    for (int r = 0; r < count; ++r) Dequantize(args.weights + static_cast<size_t>(row + r) * args.row_bytes, args.k, floats + static_cast<size_t>(r) * k);
-    FloatDot<WeightsF32>::rows_at({args.scratch, k * sizeof(float)}, count, args, row);
-  }
+template <DequantizeRow Dequantize> inline void dot_float_quantized(const DotArgs& all) {
+  each_column_group(all, [](const DotArgs& args) {
+    auto* floats = reinterpret_cast<float*>(args.scratch);
+    const size_t k = static_cast<size_t>(args.k);
+    for (int row = 0; row < args.rows; row += 4) {
+      const int count = args.rows - row < 4 ? args.rows - row : 4;
+      for (int r = 0; r < count; ++r) Dequantize(args.weights + static_cast<size_t>(row + r) * args.row_bytes, args.k, floats + static_cast<size_t>(r) * k);
+      FloatDot<WeightsF32>::rows_at({args.scratch, k * sizeof(float)}, count, args, row);
+    }
+  });
 }
 
 template <class W> inline void dequantize_floats(const std::byte* row, int k, float* out) {

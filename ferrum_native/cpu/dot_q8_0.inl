@@ -70,7 +70,6 @@ struct Q8_0 {
   }
 
   template <int C> static void tile(const Unpacked& w, int n, int i, const Column* columns, float (*sums)[16]) {
-#pragma GCC unroll 1
     for (int b = 0; b < n / 32; ++b) {
       __m256i isum[C][2];
       for (int c = 0; c < C; ++c) isum[c][0] = isum[c][1] = _mm256_setzero_si256();

@@ -43,7 +43,7 @@ struct Column {
 ///          as four vectors v0..v3 of 8 lanes: reduce_add((v0 + v1) + (v2 + v3)).
 /// Float products of quantized weights first make w exactly as: Q8_0 d * q; Q4_K fma(d * scale, q, -(dmin * min)); Q6_K (d * scale) * (q - 32).
 struct DotArgs {
-  const std::byte* weights;  // first row; 2-byte aligned
+  const std::byte* weights;  // first row; 2-byte aligned, F32 4-byte aligned
   size_t row_bytes;          // from one row to the next
   int rows;                  // any number >= 1
   int k;                     // a multiple of the type's block

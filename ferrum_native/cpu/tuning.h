@@ -18,4 +18,7 @@ inline constexpr int prefetch_bytes = 8192;
 /// From this many columns on, four rows and three columns of floats form one register tile.
 inline constexpr int tile_columns_float = 4;
 
+/// Columns of floats (8 KB each at k = 2048) that stay in the L2 cache over all rows of a call; a multiple of three.
+inline constexpr int group_columns_float = 48;
+
 }  // namespace ferrum::cpu::tuning
