@@ -199,6 +199,7 @@ class GGUFFile:
         Raises ModelFileError, naming the file, what is wrong, and what to do.
         """
         path = os.fsdecode(path)
+        _check_path(path)
         shard = _read_shard(path)
         count = shard.split_value("split.count", default=1)
         if count <= 1:
@@ -257,6 +258,15 @@ def _check_split(shards: list[_Shard]) -> None:
     total = sum(len(shard.tensors) for shard in shards)
     if total != expected:
         _fail(shards[0].path, f"the {len(shards)} shards hold {total} tensors, {expected} were split", _FETCH_SHARDS)
+
+
+def _check_path(path: str) -> None:
+    try:
+        sound = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        sound = False
+    if not sound:
+        _fail(repr(path), "no file can have this path", "Check the path.")
 
 
 def _read_shard(path: str) -> _Shard:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import random
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ferrum.errors import ContextFull, DeviceError, EngineClosed, KVPoolExhausted, ModelFileError, UnknownSequence
+from ferrum.errors import (
+    Cancelled,
+    ContextFull,
+    DeviceError,
+    EngineClosed,
+    KVPoolExhausted,
+    ModelFileError,
+    UnknownSequence,
+)
 from ferrum.gguf_file import GGUFFile
 from ferrum.options import resolve
 from ferrum.sampling import CandidateRow, SamplingParams, StopChecker, candidate_count, fresh_seed, full_row, sample
@@ -25,7 +35,7 @@ from ferrum_native._native import Engine, plan
 logger = logging.getLogger("ferrum")
 logger.addHandler(logging.NullHandler())
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class Piece(NamedTuple):
@@ -70,8 +80,9 @@ class Completion:
 
     `text` ends before a stop string; `token_ids` are all tokens generated, those of a stop string or the end of text
     included. `finish_reason`: "stop" (end of text or stop string), "length" (max_tokens, or no room: `notice` says
-    so), "cancelled" (the stream was closed early). `stop_reason`: the stop string, the id of a stop token other than
-    the model's end of text, else None. `prompt` is None where token ids were given.
+    so), "cancelled" (the stream was closed early, or the engine's step was), "error" (an exception ended it, and was
+    raised by the stream). `stop_reason`: the stop string, the id of a stop token other than the model's end of text,
+    else None. `prompt` is None where token ids were given.
     """
 
     prompt: str | None
@@ -124,7 +135,8 @@ class LLM:
 
     `model`: path of a GGUF file (any shard of a split one); None: FERRUM_MODEL, else the demo model of this package.
     Options of None come from FERRUM_<OPTION>, else their default: see `ferrum.options.EngineOptions`, which gives
-    units and allowed values, and `options` for what is in force. Any thread may call; steps wait for each other.
+    units and allowed values, and `options` for what is in force. Any thread may call; steps wait for each other. A
+    process made by fork() cannot use its parent's LLM: RuntimeError.
 
     Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
     """
@@ -159,7 +171,9 @@ class LLM:
         self.engine = Engine(self.file, unused_tokens=self._unused_ids, **options.arguments())
         self.load_s = perf_counter() - started
         self._sequences = count()
+        self._process = os.getpid()
         self._lock = threading.Lock()  # a step and the reading of its logits belong together
+        self._ended: deque[int] = deque()  # sequences to release; see _release
         logger.info("model %s loaded in %.2f s", self.model, self.load_s)
         for name, value in self.options.items():
             logger.info("option %s = %s (%s)", name, value, self.sources.get(name, "default"))
@@ -172,15 +186,16 @@ class LLM:
     def stream(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> Stream:
         """Continue a text (control tokens in it are recognised) or token ids, piece by piece.
 
-        Raises at once: ValueError for an empty prompt, ContextFull or KVPoolExhausted for one that is too long,
-        EngineClosed. A sequence that runs out of room later ends with finish_reason "length" and a notice.
+        Raises at once: ValueError for an empty prompt, TypeError for ids that are not whole numbers, ContextFull or
+        KVPoolExhausted for a prompt that is too long, EngineClosed. A sequence that runs out of room later ends with finish_reason "length" and a notice.
         """
         started = perf_counter()
         params = SamplingParams() if sampling_params is None else sampling_params
+        self._check_process()
         if self.engine.closed:
             raise EngineClosed("The model was closed. Load it again to generate.")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(id) for id in prompt]
-        self._check_prompt(ids, params)
+        self._release_ended()
+        ids = self._prompt_ids(prompt, params)
         greedy = params.temperature == 0
         seed = None if greedy else fresh_seed() if params.seed is None else params.seed
         progress = _Progress(prompt if isinstance(prompt, str) else None, ids, seed, self.load_s, started)
@@ -199,16 +214,33 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
-        context = self.engine.config["context_length"]
-        capacity = self.engine.kv_capacity
+    def _check_process(self) -> None:
+        """Before the lock is taken: a thread of the parent may have held it when fork() copied it."""
+        if os.getpid() != self._process:
+            raise RuntimeError("This LLM was made in another process, and its threads did not come along with fork(). "
+                               "Make a new LLM in this process.")
+
+    def _prompt_ids(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+        """The ids of a prompt that has room; text that is far too long is refused before the cost of encoding it."""
+        if isinstance(prompt, str):
+            fewest = self.tokenizer.fewest_tokens(prompt)
+            self._check_length(fewest, f"at least {fewest}", params)
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = _checked_ids(prompt)
         if not ids:
             raise ValueError("The prompt is empty. Give at least one token to continue.")
-        if len(ids) > context:
-            raise ContextFull(f"The prompt has {len(ids)} tokens, the model's context holds {context}. Shorten the prompt.")
-        if len(ids) > capacity:
-            wanted = min(len(ids) + params.max_tokens, context)
-            raise KVPoolExhausted(f"The prompt has {len(ids)} tokens, the KV cache holds {capacity}. "
+        self._check_length(len(ids), str(len(ids)), params)
+        return ids
+
+    def _check_length(self, tokens: int, shown: str, params: SamplingParams) -> None:
+        context = self.engine.config["context_length"]
+        capacity = self.engine.kv_capacity
+        if tokens > context:
+            raise ContextFull(f"The prompt has {shown} tokens, the model's context holds {context}. Shorten the prompt.")
+        if tokens > capacity:
+            wanted = min(tokens + params.max_tokens, context)
+            raise KVPoolExhausted(f"The prompt has {shown} tokens, the KV cache holds {capacity}. "
                                   f"Shorten the prompt or raise kv_tokens (--kv-tokens {wanted}).")
 
     def _generate(self, params: SamplingParams, progress: _Progress) -> Generator[Piece, None, None]:
@@ -239,15 +271,42 @@ class LLM:
                 token = following
             if rest := self._rest(detokenizer, checker, progress):
                 yield Piece(rest, None)
+        except Cancelled:
+            raise
+        except Exception:
+            progress.end("error")
+            raise
         finally:
             self._rest(detokenizer, checker, progress)
             progress.finish()
-            with suppress(UnknownSequence, EngineClosed):
-                self.engine.release(sequence)
+            self._ended.append(sequence)
+            self._release_ended()
+
+    def _release_ended(self) -> None:
+        """Release the sequences of ended streams, unless the engine is busy: then the next step does it.
+
+        Never waits: the garbage collector may end a stream on a thread that is inside a step and holds the lock.
+        """
+        if self._process == os.getpid() and self._lock.acquire(blocking=False):
+            try:
+                self._release_ended_locked()
+            finally:
+                self._lock.release()
+
+    def _release_ended_locked(self) -> None:
+        while self._ended:
+            try:
+                with suppress(UnknownSequence, EngineClosed):
+                    self.engine.release(self._ended[0])
+            except RuntimeError:  # this thread is inside a call of the engine
+                return
+            self._ended.popleft()
 
     def _first_token(self, sequence: int, params: SamplingParams, uniform, progress: _Progress) -> int:
         started = perf_counter()
+        self._check_process()
         with self._lock:
+            self._release_ended_locked()
             logits = self.engine.prefill(sequence, progress.prompt_token_ids)
             token = self._draw(logits, params, uniform())
         ended = perf_counter()
@@ -257,8 +316,10 @@ class LLM:
     def _next_token(self, sequence: int, token: int, params: SamplingParams, uniform, progress: _Progress) -> int | None:
         """The token after `token`, or None where there is no room to continue."""
         started = perf_counter()
+        self._check_process()
         try:
             with self._lock:
+                self._release_ended_locked()
                 token = self._draw(self.engine.decode(sequence, token), params, uniform())
         except ContextFull:
             context = self.engine.config["context_length"]
@@ -347,6 +408,21 @@ class _Progress:
                 decode_tokens_per_s=_rate(tokens - 1, self.decode_s),
             ),
         )
+
+
+def _checked_ids(prompt: Any) -> list[int]:
+    """Token ids as ints; bytes and truth values, which Python takes for whole numbers, are refused."""
+    advice = "Give a str, or token ids as whole numbers."
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise TypeError(f"The prompt is {type(prompt).__name__}, not text: decode it first. {advice}")
+    try:
+        given = list(prompt)
+    except TypeError:
+        raise TypeError(f"The prompt is {type(prompt).__name__}. {advice}") from None
+    for id in given:
+        if isinstance(id, (bool, np.bool_)) or not hasattr(id, "__index__"):
+            raise TypeError(f"The prompt has the token id {repr(id)[:40]}. {advice}")
+    return [operator.index(id) for id in given]
 
 
 def _rate(tokens: int, seconds: float) -> float:

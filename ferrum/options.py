@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from ferrum.errors import OptionError
 
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "data", "ferrum-storyteller-q4_k_m.gguf")
+
+# How numbers are written: int() and float() would take 1_0, spaces, nan and other scripts' digits too.
+_WRITTEN = {int: re.compile(r"[+-]?[0-9]+"), float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")}
 
 GIVEN, ENVIRONMENT, DEFAULT = "given", "environment", "default"
 
@@ -58,8 +62,12 @@ class Setting:
     def check(self, value: Any, name: str) -> Any:
         """The value in its own type; OptionError, calling the setting `name`, if it is not allowed."""
         if self.sequence:
+            if value is None:
+                return ()
             if isinstance(value, str):
                 value = (value,)
+            if not isinstance(value, Iterable):
+                raise self._error(value, name)
             return tuple(self._check_one(item, name) for item in value)
         if value is None and self.default_text:
             return None
@@ -67,9 +75,11 @@ class Setting:
 
     def parse(self, text: str, name: str) -> Any:
         """`check` for a value written as text, as flags and environment variables are."""
+        if self.kind in _WRITTEN and not _WRITTEN[self.kind].fullmatch(text):
+            raise self._error(text, name)
         try:
-            value = text if self.kind is str else self.kind(text)
-        except ValueError:
+            value = self.kind(text)
+        except ValueError:  # more digits than int() takes
             raise self._error(text, name) from None
         return self._check_one(value, name)
 
@@ -84,7 +94,7 @@ class Setting:
             allowed = value in self.choices if self.choices else bool(value)
         else:
             allowed = (
-                math.isfinite(converted)
+                (self.kind is int or math.isfinite(converted))  # isfinite would make a float of a huge int
                 and (self.minimum is None or converted >= self.minimum)
                 and (self.maximum is None or converted <= self.maximum)
                 and (self.above is None or converted > self.above)
@@ -94,7 +104,10 @@ class Setting:
         return converted
 
     def _error(self, value: Any, name: str) -> OptionError:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except ValueError:  # more digits than Python writes
+            shown = "a number of thousands of digits"
         return OptionError(f"{name} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected {self.expected()}.")
 
 
@@ -193,6 +206,8 @@ def resolve(model: str | os.PathLike | None, given: Mapping[str, Any], environ: 
     path = environ.get("FERRUM_MODEL", "")
     if model is not None:
         path, sources["model"] = os.fspath(model), GIVEN
+        if not path:
+            raise OptionError("model (-m, --model) is '': expected the path of a GGUF file.")
     elif path:
         path, sources["model"] = os.path.expanduser(path), ENVIRONMENT
     else:

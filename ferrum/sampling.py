@@ -46,7 +46,7 @@ class SamplingParams:
         0.7, float, "0 takes the likeliest token each time; higher is more varied", minimum=0.0, maximum=1000.0,
         metavar="T",
     )
-    top_k: int = setting(0, int, "draw from the K likeliest tokens only; 0: off", minimum=0, metavar="K")
+    top_k: int = setting(0, int, "draw from the K likeliest tokens only; 0: off", minimum=0, maximum=1 << 31, metavar="K")
     top_p: float = setting(
         1.0, float, "draw from the likeliest tokens that together have probability P; 1: off",
         above=0.0, maximum=1.0, metavar="P",

@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NoReturn
 
 from ferrum.errors import ModelFileError, UnsupportedModelError
@@ -95,6 +96,19 @@ class Tokenizer:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if add_bos else ids
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number of ids that `encode(text)` gives at least, found without encoding."""
+        if text.isascii():
+            nbytes = len(text)
+        else:
+            nbytes = len(text.encode("utf-8", "surrogatepass")) // 3  # NFC keeps at least a third (U+212A to K)
+        return -(-nbytes // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token; each character of a normal one stands for a byte."""
+        return max(max(map(len, self._tokens)), *(len(self._tokens[id].encode()) for id in self._added), 1)
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out."""
         return b"".join(self._pieces(ids, skip_special)).decode("utf-8", "replace")
@@ -152,6 +166,8 @@ class _Fields:
         if not self.tokens:
             self.fail("tokenizer.ggml.tokens is empty")
         self.control, self.user_defined, self.unused = self.read_types()
+        if len(self.unused) == len(self.tokens):
+            self.fail("tokenizer.ggml.token_type marks every token as unused: there is nothing to generate")
         self.add_bos: bool = self.optional("tokenizer.ggml.add_bos_token", bool, False)
         if self.add_bos and self.token_id("bos") is None:
             self.fail("tokenizer.ggml.add_bos_token is true, but tokenizer.ggml.bos_token_id is missing")

@@ -68,7 +68,7 @@ class Logits:
     """Logits of a step, float32 [rows, vocab_size] ([vocab_size] for `prefill(logits="last")` and `decode`).
 
     `np.asarray(x)` is a read-only view without a copy, valid until the engine's next step; converting it later raises StaleLogits.
-    `copy()` keeps the values.
+    `copy()` keeps the values. `Engine.candidates` may change a view while it runs, and leaves it as it was.
     """
 
     shape: tuple[int, ...]

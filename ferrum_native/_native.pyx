@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=False
+# cython: language_level=3, embedsignature=False
 # distutils: language=c++
 """The native core of ferrum: an engine that owns the model's weights, the KV pool and the threads."""
 
@@ -47,7 +47,7 @@ cdef int UNUSED_TOKEN = 5
 
 
 cdef string utf8(text):
-    return os.fsencode(text) if isinstance(text, os.PathLike) else str(text).encode("utf-8", "surrogateescape")
+    return str(text).encode("utf-8", "surrogateescape")
 
 
 cdef int fill_tokens(object tokens, vector[int32_t]& out) except -1:
@@ -81,7 +81,7 @@ cdef int describe(object model, ModelDescription& out) except -1:
     cdef TensorEntry entry
     out.architecture = utf8(model.metadata.get("general.architecture", "unknown"))
     for path in model.paths:
-        out.paths.push_back(utf8(path))
+        out.paths.push_back(<string>os.fsencode(path))
     for key, value in model.metadata.items():
         if isinstance(value, bool):
             out.metadata.set(utf8(key), MetadataValue(<cbool>value))
@@ -91,7 +91,11 @@ cdef int describe(object model, ModelDescription& out) except -1:
             out.metadata.set(utf8(key), MetadataValue(<double>value))
         elif isinstance(value, str):
             out.metadata.set(utf8(key), MetadataValue(utf8(value)))
+        else:
+            out.metadata.set(utf8(key), MetadataValue())
     for tensor in model.tensors.values():
+        if not 0 <= tensor.file_index < len(model.paths):
+            raise ValueError(f"tensor {tensor.name} lies in file {tensor.file_index} of {len(model.paths)}.")
         entry.name = utf8(tensor.name)
         entry.type_id = tensor.type_id
         entry.type_name = utf8(tensor.type_name)
@@ -109,7 +113,7 @@ def naming(model):
     try:
         yield
     except errors.ModelFileError as error:
-        path = model.paths[0]
+        path = "".join(model.paths[:1])
         raise error if str(error).startswith(path) else type(error)(f"{path}: {error}") from None
 
 
@@ -198,8 +202,39 @@ def plan(model, **given):
     }
 
 
+cdef class CallLock:
+    """Serialises the calls of one engine. A call from inside another one, or in a forked process, is refused: it would wait for ever."""
+
+    cdef object lock
+    cdef object owner
+    cdef int process
+
+    def __cinit__(self):
+        self.lock = threading.Lock()
+        self.process = os.getpid()
+
+    cdef bint in_another_process(self):
+        return os.getpid() != self.process
+
+    def __enter__(self):
+        if self.in_another_process():
+            raise RuntimeError("this engine was made in another process, and its threads did not come along with fork(). Make a new Engine in this process.")
+        thread = threading.get_ident()
+        if self.owner == thread:
+            raise RuntimeError("an engine was called from inside a call of this engine, by a signal handler, a finalizer or an argument. Call it afterwards.")
+        self.lock.acquire()
+        self.owner = thread
+
+    def __exit__(self, *exc):
+        self.owner = None
+        self.lock.release()
+
+
 cdef class _LogitsMemory:
-    """Buffer protocol over the engine's logits; keeps the memory alive for the views on it."""
+    """Buffer protocol over the engine's logits; keeps the memory alive for the views on it. Made by the engine only."""
+
+    def __init__(self):
+        raise TypeError("logits are made by an engine's steps.")
 
     cdef shared_ptr[Buffer] buffer
     cdef Py_ssize_t size
@@ -220,9 +255,14 @@ cdef class Logits:
     cdef readonly tuple shape
     cdef _LogitsMemory memory
 
+    def __init__(self):
+        raise TypeError("logits are made by an engine's steps.")
+
     def __array__(self, dtype=None, copy=None):
         import numpy
 
+        if self.engine.native.get() == NULL:
+            raise errors.EngineClosed("the engine of these logits is closed. Convert them before, or keep a copy().")
         if self.engine.logits_version() != self.version:
             raise errors.StaleLogits("these logits were overwritten by a later step of the engine. Convert them before it, or keep a copy().")
         view = numpy.frombuffer(self.memory, dtype=numpy.float32).reshape(self.shape)
@@ -252,8 +292,7 @@ cdef class Engine:
     cdef readonly str device
     cdef readonly int kv_capacity
     cdef readonly int kv_bytes_per_token
-    cdef object lock
-    cdef int process
+    cdef CallLock lock
 
     def __init__(self, model, *, unused_tokens=None, instruction_set=None, poison_freed_kv=False, fail_at=-1, **given):
         cdef ModelDescription description
@@ -264,18 +303,17 @@ cdef class Engine:
         cdef vector[int32_t] unused
         if self.lock is not None:
             raise RuntimeError("an Engine is made once; make another object.")
-        self.lock = threading.Lock()
-        self.process = os.getpid()
+        self.lock = CallLock()
         options = checked_options(given)
         native_options = engine_options(options)
         native_options.poison_freed_kv = poison_freed_kv
         chosen_device = device_options(options, instruction_set)
-        chosen_device.fail_at = fail_at
+        chosen_device.fail_at = max(-1, min(operator.index(fail_at), (1 << 63) - 1))
         describe(model, description)
         if unused_tokens is None:
             types = model.metadata.get("tokenizer.ggml.token_type", ())
             unused_tokens = [token for token, kind in enumerate(types) if kind == UNUSED_TOKEN]
-        fill_tokens(sorted(unused_tokens), unused)
+        fill_tokens(unused_tokens, unused)
         with naming(model):
             with nogil:
                 native_model = make_model(description)
@@ -292,8 +330,6 @@ cdef class Engine:
         """The native engine; call with the lock held."""
         if self.native.get() == NULL:
             raise errors.EngineClosed("this engine is closed. Make a new one.")
-        if os.getpid() != self.process:
-            raise RuntimeError("this engine was made in another process, and its threads did not come along with fork(). Make a new Engine in this process.")
         return self.native.get()
 
     cdef uint64_t logits_version(self):
@@ -305,8 +341,8 @@ cdef class Engine:
         cdef int vocab = native.shape().vocab_size
         if rows == 0:
             return None
-        cdef Logits logits = Logits()
-        cdef _LogitsMemory memory = _LogitsMemory()
+        cdef Logits logits = Logits.__new__(Logits)
+        cdef _LogitsMemory memory = _LogitsMemory.__new__(_LogitsMemory)
         memory.buffer = native.logits()
         memory.size = <Py_ssize_t>rows * vocab * 4
         logits.memory = memory
@@ -323,14 +359,18 @@ cdef class Engine:
         cdef vector[int32_t] ids
         cdef NativeChunk chunk
         cdef NativeEngine* native
+        cdef cbool (*should_stop)() noexcept nogil
+        cdef bint on_main_thread
         fill_tokens(tokens, ids)
         chunk.sequence = sequence_id(sequence)
         chunk.tokens = span(ids.data(), ids.size())
         chunk.logits = logits_wanted(logits)
         with self.lock:
             native = self.open()
+            on_main_thread = threading.get_ident() == threading.main_thread().ident
+            should_stop = python_wants_stop if on_main_thread else never_stop
             with nogil:
-                native.prefill(chunk, python_wants_stop)
+                native.prefill(chunk, should_stop)
             return self.logits_of_step(native, chunk.logits == LogitsWanted.Last)
 
     def decode(self, sequence, token):
@@ -381,23 +421,28 @@ cdef class Engine:
         cdef vector[float] native_temperatures
         cdef LogitEdit native_edit
         cdef NativeEngine* native
-        cdef int rows
+        cdef int rows = 0
+        for row, token, penalty, bias in [Edit(*edit) for edit in edits or ()]:
+            native_edit.row, native_edit.token = operator.index(row), operator.index(token)
+            native_edit.penalty, native_edit.bias = penalty, bias
+            native_edits.push_back(native_edit)
+        if targets is not None:
+            targets = [list(row) for row in targets]
+            for row in targets:
+                target_start.push_back(<int32_t>native_targets.size())
+                fill_tokens(row, native_targets)
+            target_start.push_back(<int32_t>native_targets.size())
+        if temperatures is not None:
+            for temperature in temperatures:
+                native_temperatures.push_back(temperature)
+        args.count = max(-1, min(operator.index(n), 1 << 30))
         with self.lock:
             native = self.open()
             rows = native.logit_rows()
-            args.count = max(-1, min(operator.index(n), 1 << 30))
-            for edit in edits or ():
-                native_edit.row, native_edit.token, native_edit.penalty, native_edit.bias = Edit(*edit)
-                native_edits.push_back(native_edit)
-            if targets is not None:
-                if len(targets) != rows:
-                    raise ValueError(f"targets has {len(targets)} rows for {rows} rows of logits.")
-                for row in targets:
-                    target_start.push_back(<int32_t>native_targets.size())
-                    fill_tokens(row, native_targets)
-                target_start.push_back(<int32_t>native_targets.size())
-            for temperature in temperatures if temperatures is not None else (1.0,) * rows:
-                native_temperatures.push_back(temperature)
+            if temperatures is None:
+                native_temperatures.assign(rows, 1.0)
+            if targets is not None and len(targets) != rows:
+                raise ValueError(f"targets has {len(targets)} rows for {rows} rows of logits.")
             if <int>native_temperatures.size() != rows:
                 raise ValueError(f"temperatures has {native_temperatures.size()} entries for {rows} rows of logits.")
             if rows > 0 and not 1 <= args.count <= native.candidate_limit():
@@ -446,7 +491,7 @@ cdef class Engine:
     def reserve(self, sequence, tokens):
         """Hold KV blocks so that the sequence can grow by `tokens`; starts it if it is not live."""
         cdef int64_t id = sequence_id(sequence)
-        cdef int count = operator.index(tokens)
+        cdef int count = max(-1, min(operator.index(tokens), 0x7fffffff))
         with self.lock:
             self.open().reserve(id, count)
 
@@ -491,11 +536,11 @@ cdef class Engine:
 
     def close(self):
         """Give all memory back. Views of logits stay readable; everything else raises EngineClosed from now on."""
+        if self.lock.in_another_process():
+            self.native.release()  # its threads live in the parent; its memory ends with this process
+            return
         with self.lock:
-            if os.getpid() == self.process:
-                self.native.reset()
-            else:
-                self.native.release()  # its threads live in the parent; their memory ends with this process
+            self.native.reset()
 
     def __enter__(self):
         return self
@@ -504,5 +549,5 @@ cdef class Engine:
         self.close()
 
     def __dealloc__(self):
-        if self.native.get() != NULL and self.process != os.getpid():
+        if self.native.get() != NULL and self.lock.in_another_process():
             self.native.release()

@@ -18,6 +18,7 @@ cdef extern from "python_errors.h" namespace "ferrum" nogil:
     void raise_current_error()
     void set_error_class(int kind, object cls)
     cbool python_wants_stop()
+    cbool never_stop()
 
 cdef extern from "core/error.h" namespace "ferrum" nogil:
     cpdef enum class ErrorKind:
@@ -43,6 +44,7 @@ cdef extern from "<variant>" namespace "std" nogil:
 
 cdef extern from "core/model_description.h" namespace "ferrum" nogil:
     cdef cppclass MetadataValue:
+        MetadataValue()
         MetadataValue(cbool)
         MetadataValue(int64_t)
         MetadataValue(double)
@@ -118,6 +120,11 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
     cdef cppclass Sequence:
         int length
         vector[int32_t] blocks
+    cdef cppclass Savepoint:
+        int64_t sequence
+        cbool live
+        int length, blocks
+        int32_t shared
     cdef cppclass NativeKvPool "ferrum::KvPool":
         NativeKvPool(int, int, int)
         void grow(growth_span, vector[BlockCopy]&) except +raise_current_error
@@ -127,7 +134,9 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         void fork(int64_t, int64_t) except +raise_current_error
         void release(int64_t) except +raise_current_error
         void reset() except +raise_current_error
-        void truncate(int64_t, int, int) except +raise_current_error
+        Savepoint save(int64_t) except +raise_current_error
+        void restore(const Savepoint&) except +raise_current_error
+        void forget(const Savepoint&)
         cbool live(int64_t)
         int references(int32_t)
         vector[int32_t] take_freed()
@@ -166,7 +175,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         uint64_t logits_version()
         void top_candidates(TopCandidatesArgs) except +raise_current_error
         int candidate_limit()
-        void exclude_tokens(vector[int32_t])
+        void exclude_tokens(vector[int32_t]) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
         void release(int64_t) except +raise_current_error
         void reset() except +raise_current_error

@@ -492,8 +492,20 @@ cdef class KvPool:
     def reset(self):
         self.native.get().reset()
 
-    def truncate(self, sequence, length, blocks):
-        self.native.get().truncate(sequence, length, blocks)
+    def save(self, sequence):
+        """A savepoint for `restore` or `forget`."""
+        cdef Savepoint point = self.native.get().save(sequence)
+        return point.sequence, point.live, point.length, point.blocks, point.shared
+
+    def restore(self, savepoint):
+        cdef Savepoint point
+        point.sequence, point.live, point.length, point.blocks, point.shared = savepoint
+        self.native.get().restore(point)
+
+    def forget(self, savepoint):
+        cdef Savepoint point
+        point.sequence, point.live, point.length, point.blocks, point.shared = savepoint
+        self.native.get().forget(point)
 
     def live(self, sequence):
         return self.native.get().live(sequence)

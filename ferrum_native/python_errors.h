@@ -29,12 +29,15 @@ inline void raise_current_error() {
   }
 }
 
-/// Runs pending Python signal handlers; true if one raised, so that the core stops and the exception goes on.
+/// Runs pending Python signal handlers; true if one raised, so that the core stops and the exception goes on. For the main thread only: no
+/// other runs handlers, and at the interpreter's end asking for the GIL would end a thread inside the core.
 inline bool python_wants_stop() {
   PyGILState_STATE state = PyGILState_Ensure();
   const bool stop = PyErr_CheckSignals() != 0;
   PyGILState_Release(state);
   return stop;
 }
+
+inline bool never_stop() { return false; }
 
 }  // namespace ferrum

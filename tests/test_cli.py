@@ -181,6 +181,11 @@ def test_no_prompt_on_a_terminal_is_explained_with_an_example():
     (["generate", PROMPT, "--temprature", "1"], "--temprature"),
     (["generate", PROMPT, "--seed"], "--seed"),
     (["generate", "Once", "upon"], "quotes"),
+    (["generate", PROMPT, "--json=1"], "--json takes no value, but '1' was given"),
+    (["generate", PROMPT, "-n", "1_0"], "-n (--max-tokens) is '1_0'"),
+    (["generate", PROMPT, "--seed", "1" + "0" * 400], "--seed is 1000"),
+    (["generate", PROMPT, "-m", ""], "-m, --model"),
+    (["inspect", "foo"], "Inspect takes no text, but 'foo' was given: name a model file with -m"),
     (["generate", ""], "prompt is empty"),
     (["generate"], "prompt on stdin is empty"),
     (["generat", PROMPT], "Did you mean generate?"),
@@ -238,6 +243,8 @@ def test_help_fits_80_columns_and_names_every_flag():
     for flag in ("-m", "-n", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop", "--threads", "--kv-tokens",
                  "--kv-type", "--activations", "--device", "--json", "--verbose"):
         assert f"  {flag}" in out
+    assert "  -m, --model MODEL.gguf  GGUF file" in out
+    assert "141" in out
     for arguments in (["--help"], ["inspect", "--help"]):
         code, out, _ = ferrum(*arguments)
         assert code == 0 and max(map(len, out.splitlines())) <= 80
@@ -270,6 +277,26 @@ def test_inspect_shows_its_sections():
     assert code == 0
     for text in ("qwen3moe", "Q4_K", "tensors", "vocabulary", "<|im_end|>", "chat template", "memory plan", "KV cache", "(default)"):
         assert text in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_control_characters_of_a_file_are_shown_escaped(tmp_path):
+    path = tmp_path / "steering.gguf"
+    write_unsupported(path, architecture="red\x1b[31m\rfox", name="two\nlines\x9b2J\x7f", template="\x1b]0;title\x07")
+    code, out, err = ferrum("inspect", "-m", str(path))
+    assert code == 1
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out + err)
+    assert r"two\nlines\x9b2J\x7f" in out and r"\x1b]0;title\x07" in out and r"red\x1b[31m\rfox" in err
+    assert_short_error(err)
+    _, out, _ = ferrum("inspect", "--json", "-m", str(path))
+    assert json.loads(out)["name"] == "two\nlines\x9b2J\x7f"
+
+
+def test_inspect_json_has_null_for_numbers_that_json_has_not(tmp_path):
+    path = tmp_path / "nan.gguf"
+    write_unsupported(path, rope_theta=float("nan"))
+    _, out, _ = ferrum("inspect", "--json", "-m", str(path))
+    assert json.loads(out, parse_constant=pytest.fail)["config"]["rope.freq_base"] is None
 
 
 def test_inspect_lists_the_types_of_a_model_that_cannot_run(tmp_path):
@@ -286,12 +313,15 @@ def test_inspect_lists_the_types_of_a_model_that_cannot_run(tmp_path):
     assert report["config"]["block_count"] == 1
 
 
-def write_unsupported(path):
+def write_unsupported(path, architecture="qwen3moe", name="", template="", rope_theta=1e6):
     """A file of a sound form with a quant type, and a vocabulary, that ferrum does not run."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(path, "qwen3moe")
+    writer = GGUFWriter(path, architecture)
+    writer.add_name(name)
+    writer.add_chat_template(template)
+    writer.add_rope_freq_base(rope_theta)
     writer.add_block_count(1)
     writer.add_array("tokenizer.ggml.scores", array("f", [0.0, 1.0]).tolist())
     writer.add_tensor("output_norm.weight", np.zeros(4, dtype=np.float32))

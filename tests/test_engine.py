@@ -376,7 +376,7 @@ def test_views_survive_the_engine(model):
     engine.close()
     del engine
     assert bits(view) == bits(kept)
-    with pytest.raises(StaleLogits):
+    with pytest.raises(EngineClosed):
         np.asarray(logits)
 
 

@@ -348,6 +348,13 @@ def test_paths_that_are_no_files_are_told_apart(tmp_path):
     assert "not a regular file" in refusal(tmp_path / "pipe.gguf")
 
 
+@pytest.mark.parametrize("path", ["a\0b", b"a\0b", "\ud800.gguf"])
+def test_a_path_that_no_file_can_have_is_refused(path):
+    with pytest.raises(ModelFileError, match="no file can have this path") as caught:
+        GGUFFile.open(path)
+    assert "\0" not in str(caught.value)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_file_says_so(tmp_path):
     path = write(tmp_path / "m.gguf", image())

@@ -115,23 +115,23 @@ class Memory:
 
     def prefill(self, sequence, chunks, fail_at):
         """As the engine does it: room for the whole prompt, then steps; one that fails takes the sequence back to where it was."""
-        length, blocks = (0, 0) if sequence not in self.tokens else (len(self.tokens[sequence]), len(self.pool.sequence(sequence)[1]))
+        before, tokens = self.state(), None if sequence not in self.tokens else list(self.tokens[sequence])
+        savepoint = self.pool.save(sequence)
         if not self.hold(sequence, sum(chunks)):
+            self.pool.restore(savepoint)
+            assert self.state() == before
             return
         for i, count in enumerate(chunks):
             if self.step([(sequence, count)], fail=i == fail_at):
                 continue
             assert i == fail_at, "a prompt that was given room found none"
-            self.truncate(sequence, length, blocks)
-            return
-
-    def truncate(self, sequence, length, blocks):
-        self.pool.truncate(sequence, length, blocks)
-        if length == 0 and blocks == 0:
+            self.pool.restore(savepoint)
             del self.tokens[sequence]
-            assert not self.pool.live(sequence)
-        else:
-            self.tokens[sequence] = self.tokens[sequence][:length]
+            if tokens is not None:
+                self.tokens[sequence] = tokens
+            assert self.state() == before
+            return
+        self.pool.forget(savepoint)
 
     def check(self):
         tables = self.tables()
@@ -169,13 +169,6 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(sequence=SEQUENCES)
     def release(self, sequence):
         self.memory.release(sequence)
-
-    @precondition(lambda self: self.memory.tokens)
-    @rule(data=st.data())
-    def truncate(self, data):
-        sequence = data.draw(st.sampled_from(sorted(self.memory.tokens)))
-        length = data.draw(st.integers(0, len(self.memory.tokens[sequence])))
-        self.memory.truncate(sequence, length, blocks_for(length))
 
     @rule()
     def freed_blocks_are_reported_once(self):

@@ -2,13 +2,18 @@
 
 import gc
 import random
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_models
 
 from ferrum import LLM, SamplingParams
-from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileError, OptionError, UnknownSequence
+from ferrum.errors import ContextFull, DeviceError, EngineClosed, KVPoolExhausted, ModelFileError, OptionError, UnknownSequence
 from ferrum.sampling import full_row, sample
+from ferrum_native._native import Engine
 
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -167,7 +172,106 @@ def test_a_sequence_released_by_others_is_an_error_and_the_llm_stays_usable(llm)
     llm.engine.reset()
     with pytest.raises(UnknownSequence):
         next(stream)
+    assert stream.completion.finish_reason == "error"
     assert len(finish(llm.stream(PROMPT, GREEDY)).token_ids) == 24
+
+
+def test_a_device_error_ends_the_stream_with_error_and_the_text_so_far():
+    with LLM(threads=1, kv_tokens=64) as llm:
+        text = finish(llm.stream(PROMPT, GREEDY)).text
+        llm.engine.close()
+        llm.engine = Engine(llm.file, threads=1, kv_tokens=64, fail_at=300)
+        stream = llm.stream(PROMPT, GREEDY)
+        with pytest.raises(DeviceError, match="injected failure"):
+            list(stream)
+        assert stream.completion.finish_reason == "error"
+        assert 0 < len(stream.completion.token_ids) < 24 and text.startswith(stream.completion.text)
+        assert live_sequences(llm) == 0
+        assert finish(llm.stream(PROMPT, GREEDY)).text == text
+
+
+def run_script(script):
+    """A process of its own, because what is tested hangs where it fails."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_stream_collected_inside_a_step_is_released_by_a_later_one():
+    run_script("""if True:
+        import gc
+        from ferrum import LLM, SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=4)
+        with LLM(threads=1, kv_tokens=1024) as llm:
+            for n in range(1, 80):
+                gc.disable()
+                cycle = {"stream": llm.stream("Once", params)}
+                cycle["itself"] = cycle
+                next(cycle["stream"])
+                del cycle
+                gc.set_threshold(gc.get_count()[0] + n)
+                gc.enable()
+                list(llm.stream("Once upon", params))
+            gc.collect()
+            list(llm.stream("Once upon", params))
+            assert llm.engine.stats()["live_sequences"] == 0
+    """)
+
+
+def test_a_forked_process_is_told_to_make_its_own_llm():
+    run_script("""if True:
+        import os
+        from ferrum import LLM
+
+        with LLM(threads=1, kv_tokens=64) as llm:
+            running = llm.stream("Once")
+            next(running)
+            llm._lock.acquire()  # as if another thread were in a step
+            child = os.fork()
+            if child == 0:
+                status = 0
+                for call in (lambda: llm.stream("Once"), lambda: next(running)):
+                    try:
+                        call()
+                        status = 1
+                    except RuntimeError as error:
+                        status |= "made in another process" not in str(error)
+                os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+            llm._lock.release()
+            list(running)
+    """)
+
+
+def test_a_prompt_must_be_text_or_whole_numbers(llm):
+    for prompt in (b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.9], ["7"], [True], [np.True_], np.array([1.0]), 5):
+        with pytest.raises(TypeError, match="^The prompt .*Give a str, or token ids as whole numbers"):
+            llm.stream(prompt)
+
+
+def test_a_very_long_text_is_refused_before_it_is_encoded(llm):
+    with pytest.raises(ContextFull, match=r"has at least \d+ tokens, the model's context holds \d+"):
+        llm.stream("a" * 2_000_000)
+    with pytest.raises(KVPoolExhausted, match=r"has at least \d+ tokens, the KV cache holds 1024.*--kv-tokens \d+"):
+        llm.stream("a" * (1500 * llm.tokenizer._longest_token))
+
+
+@pytest.mark.parametrize("text", ["", "a", " " * 99, PROMPT * 9, "\u212a" * 50, "\u212b\u0301" * 50, "<|im_end|>" * 9, "日本" * 9])
+def test_the_fewest_tokens_of_a_text_are_not_more_than_it_has(llm, text):
+    assert 0 <= llm.tokenizer.fewest_tokens(text) <= len(llm.tokenizer.encode(text))
+
+
+def test_a_vocabulary_of_unused_tokens_is_refused(tmp_path, monkeypatch):
+    make = tiny_models.make_vocabulary
+
+    def unused(size):
+        vocabulary = make(size)
+        return replace(vocabulary, types=[tiny_models.gguf.TokenType.UNUSED] * len(vocabulary.types))
+
+    monkeypatch.setattr(tiny_models, "make_vocabulary", unused)
+    path = tiny_models.write_tiny_model(tmp_path / "unused.gguf")
+    with pytest.raises(ModelFileError, match="marks every token as unused"):
+        LLM(path)
 
 
 def test_a_full_kv_pool_ends_the_text_with_a_notice():

@@ -42,11 +42,34 @@ def test_environment_errors_name_the_variable_the_value_and_what_is_allowed(name
 
 
 @pytest.mark.parametrize("name, value", [
+    pytest.param("kv_tokens", 10**400, id="long"), pytest.param("kv_tokens", 10**5000, id="longer"),
     ("kv_tokens", 0), ("kv_tokens", "64"), ("kv_type", "F16"), ("device", 3), ("threads", True), ("max_sequences", None),
 ])
 def test_options_refuse_values_by_name(name, value):
     with pytest.raises(OptionError, match=f"^{name} is .*: expected "):
         EngineOptions(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["1_0", " 3", "3\n", "٣", "0x1", "", "1" + "0" * 400, "1" + "0" * 5000])
+def test_whole_numbers_are_written_in_plain_digits(text):
+    rule = settings_of(EngineOptions)["kv_tokens"][1]
+    with pytest.raises(OptionError, match="^it is .*: expected a whole number") as error:
+        rule.parse(text, "it")
+    assert len(str(error.value)) < 160
+    assert rule.parse("+12", "it") == 12
+
+
+@pytest.mark.parametrize("text", ["1_0.5", " 1", "nan", "inf", "1e999", "."])
+def test_numbers_are_written_in_plain_digits(text):
+    rule = settings_of(SamplingParams)["temperature"][1]
+    with pytest.raises(OptionError, match="^it is .*: expected a number"):
+        rule.parse(text, "it")
+    assert [rule.parse(text, "it") for text in ("1", ".5", "5.", "+2.5e-1")] == [1.0, 0.5, 5.0, 0.25]
+
+
+def test_an_empty_model_path_is_refused():
+    with pytest.raises(OptionError, match="expected the path of a GGUF file"):
+        resolve("", {}, {})
 
 
 def test_options_are_frozen_values():

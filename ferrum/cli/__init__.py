@@ -9,7 +9,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from ferrum.cli.output import close_quietly, note, prepare_streams, program
+from ferrum.cli.output import close_quietly, note, note_error, prepare_streams, program
 
 # name: (module, what it does)
 COMMANDS = {
@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         close_quietly()
         return EXIT_BROKEN_PIPE
     except OptionError as error:
-        note(f"error: {error}")
+        note_error(error)
         return EXIT_USAGE
     except FerrumError as error:
-        note(f"error: {error}")
+        note_error(error)
     except OSError as error:
         close_quietly()
-        note(f"error: {error}")
+        note_error(error)
     except ImportError as error:
         if not (error.name or "").startswith("ferrum_native"):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from dataclasses import MISSING
@@ -17,11 +18,18 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         width = min(shutil.get_terminal_size().columns, 80) - 1
         super().__init__(prog, max_help_position=26, width=width, **details)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`-m, --model MODEL.gguf`: argparse of Python 3.12 and before writes the metavar after each name."""
+        if not action.option_strings or action.metavar is None:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {action.metavar}"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are two lines: what is wrong, where to read more."""
 
     def __init__(self, command: str, usage: str, description: str, examples: str):
+        self.command = command
         super().__init__(
             prog=f"{program()} {command}",
             usage=f"{program()} {command} {usage}",
@@ -38,10 +46,17 @@ class Parser(argparse.ArgumentParser):
         if flags:
             self.error(f"there is no flag {flags[0]}")
         if unknown:
-            self.error(f"one text is expected, then came {unknown[0]!r}: put quotes around a text of several words")
+            self.error(self._unexpected(unknown[0]))
         return namespace
 
+    def _unexpected(self, text: str) -> str:
+        if any(not action.option_strings for action in self._actions):
+            return f"one text is expected, then came {text!r}: put quotes around a text of several words"
+        return f"{self.command} takes no text, but {text!r} was given: name a model file with -m"
+
     def error(self, message: str) -> NoReturn:
+        if valued := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
+            message = f"{valued[1]} takes no value, but {valued[2]} was given"
         self.exit(2, f"error: {message[:1].upper()}{message[1:]}.\nMore: {self.prog} --help\n")
 
     def add_engine(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from contextlib import closing
@@ -11,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
-from ferrum.cli.output import BOLD, DIM, note, program, styled
+from ferrum.cli.output import BOLD, DIM, json_line, note, program, styled
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
 from ferrum.sampling import SamplingParams
@@ -26,7 +25,8 @@ statistics goes to stderr.
 
 On a terminal the prompt is shown first, in bold. In a pipe or a file stdout is
 exactly the continuation and one newline. Ctrl-C ends the text and keeps it.
-Exit code: 0, 1 error, 2 wrong usage, 130 ended by Ctrl-C."""
+Exit code: 0, 1 error, 2 wrong usage, 130 ended by Ctrl-C, 141 the reader
+of a pipe went away."""
 _EXAMPLES = """\
   {program} generate "Once upon a time"
   {program} generate "The little fox" -n 60 --temperature 0
@@ -152,7 +152,7 @@ def _ending(completion: Completion) -> str:
 
 def _json_line(completion: Completion) -> str:
     """prompt, text, token_ids, finish_reason, stop_reason, notice, usage, timings."""
-    return json.dumps({name: value for name, value in asdict(completion).items() if name != "prompt_token_ids"})
+    return json_line({name: value for name, value in asdict(completion).items() if name != "prompt_token_ids"})
 
 
 def _log_to_stderr() -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, given_settings
-from ferrum.cli.output import BOLD, note, program, size, styled
+from ferrum.cli.output import BOLD, json_line, note_error, printable, program, size, styled
 from ferrum.errors import ModelFileError
-from ferrum.options import DEFAULT, ENVIRONMENT, GIVEN, EngineOptions, Resolved, resolve, variable_name
+from ferrum.options import DEFAULT, DEFAULT_MODEL, ENVIRONMENT, GIVEN, EngineOptions, Resolved, resolve, variable_name
 
 if TYPE_CHECKING:
     from ferrum.gguf_file import GGUFFile
@@ -44,17 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = resolve(arguments.model, given_settings(arguments, EngineOptions))
     report = describe(GGUFFile.open(resolved.model), resolved)
     if arguments.json:
-        print(json.dumps(report))
+        print(json_line(report))
     else:
         for title, rows in _sections(report):
             print(styled(title, BOLD, sys.stdout))
             for name, value in rows:
-                print(f"  {name:<22}{value}".rstrip())
+                print(printable(f"  {name:<22}{value}".rstrip()))
     if not report["reason"]:
         return 0
     if not arguments.json:
         sys.stdout.flush()
-        note(f"error: {report['reason']}")
+        note_error(report["reason"])
     return 1
 
 
@@ -159,7 +158,8 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     files = "1 file" if report["files"] == 1 else f"{report['files']} files"
     sections = [
         ("model", [
-            ("path", f"{report['model']} ({report['model_source']})"),
+            ("path", _path(report["model"])),
+            ("chosen by", _chosen_by(report["model_source"])),
             ("file", f"{size(report['file_bytes'])}, {files}, GGUF version {report['gguf_version']}"),
             ("name", report["name"] or "not named"),
             ("runs on", report["device"] or "nothing yet: the reason comes last"),
@@ -173,6 +173,19 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
     if report["plan"]:
         sections.append(("memory plan", _plan_rows(report)))
     return sections
+
+
+def _path(path: str) -> str:
+    """A model's path with ~ for the home; that of the demo model, which nobody types, may lose its beginning."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    shown = os.path.join("~", path[len(home):]) if len(home) > 1 and path.startswith(home) else path
+    if path == DEFAULT_MODEL and len(shown) > 56:
+        return os.path.join("...", *path.split(os.sep)[-3:])
+    return shown
+
+
+def _chosen_by(source: str) -> str:
+    return "default: the demo model of this package" if source == "default" else source
 
 
 def _shown(value: Any, none: str = "not decided") -> str:

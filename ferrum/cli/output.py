@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import json
+import math
 import os
+import re
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from ferrum.options import color_wanted
 
 BOLD, DIM = "1", "2"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL_IN_ERROR = re.compile(r"(?!(?<=\.)\n)[\x00-\x1f\x7f-\x9f]")
 
 
 def program() -> str:
@@ -42,6 +48,33 @@ def styled(text: str, style: str, stream: TextIO) -> str:
     if not text or not stream.isatty() or not color_wanted():
         return text
     return f"\033[{style}m{text}\033[0m"
+
+
+def printable(text: str) -> str:
+    """Text from a file in one line, with control characters written as \\n or \\x1b: it must not steer a terminal."""
+    return _CONTROL.sub(_escape, text)
+
+
+def note_error(error: object) -> None:
+    """An error on stderr, as `printable`; a line may end after a full stop, as those of ferrum's own do."""
+    note("error: " + _CONTROL_IN_ERROR.sub(_escape, str(error)))
+
+
+def _escape(control: re.Match[str]) -> str:
+    return repr(control[0])[1:-1]
+
+
+def json_line(value: Any) -> str:
+    """One line of ASCII JSON; NaN and infinities, which JSON has not, are null, and what it cannot hold is its repr."""
+    return json.dumps(_finite(value), allow_nan=False, default=repr)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

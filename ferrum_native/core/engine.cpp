@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -16,6 +17,10 @@ StepLimits step_limits(const EnginePlan& plan, const ModelShape& shape) {
 
 KvShape kv_shape(const EnginePlan& plan, const ModelShape& shape) {
   return {shape.layers, plan.kv_blocks, shape.heads.kv_heads, shape.heads.head_dim, plan.options.kv_type};
+}
+
+size_t block_table_entries(const EnginePlan& plan) {
+  return static_cast<size_t>(plan.options.max_sequences) * static_cast<size_t>(blocks_for(plan.context));
 }
 
 uint64_t logits_bytes(const EnginePlan& plan, const ModelShape& shape) {
@@ -38,7 +43,7 @@ EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& 
   plan.weights = memory.weights;
   plan.weights_extra = memory.weights_extra;
   plan.kv = backend.kv_bytes(kv_shape(plan, shape));
-  plan.scratch = memory.scratch + logits_bytes(plan, shape) + backend.scratch_bytes(step_limits(plan, shape));
+  plan.scratch = memory.scratch + logits_bytes(plan, shape) + block_table_entries(plan) * sizeof(int32_t) + backend.scratch_bytes(step_limits(plan, shape));
   return plan;
 }
 
@@ -58,7 +63,7 @@ Engine::Engine(std::unique_ptr<Model> model, std::unique_ptr<Backend> backend, c
   batch_.kv_slots.reserve(T);
   batch_.query_start.reserve(S + 1);
   batch_.context_length.reserve(S);
-  batch_.block_tables.reserve(static_cast<size_t>(plan_.kv_blocks) + S * static_cast<size_t>(blocks_for(plan_.context)));
+  batch_.block_tables.reserve(block_table_entries(plan_));
   batch_.logit_rows.reserve(static_cast<size_t>(limits.logit_rows));
   batch_.rope_cos_sin.reserve(T * static_cast<size_t>(shape().rotary_dim));
   growth_.reserve(S);
@@ -83,13 +88,16 @@ void Engine::check(std::span<const Chunk> chunks) const {
   if (chunks.size() > static_cast<size_t>(plan_.options.max_sequences))
     invalid("a step was given " + std::to_string(chunks.size()) + " sequences, but max_sequences is " + std::to_string(plan_.options.max_sequences) + ".");
   size_t tokens = 0, rows = 0;
+  std::vector<int64_t> ids;
   for (size_t i = 0; i < chunks.size(); ++i) {
     check_tokens(chunks[i]);
     tokens += chunks[i].tokens.size();
     rows += chunks[i].logits == LogitsWanted::All ? chunks[i].tokens.size() : chunks[i].logits == LogitsWanted::Last;
-    for (size_t j = 0; j < i; ++j)
-      if (chunks[j].sequence == chunks[i].sequence) invalid("sequence " + std::to_string(chunks[i].sequence) + " appears twice in one step. A step takes each sequence once.");
+    ids.push_back(chunks[i].sequence);
   }
+  std::sort(ids.begin(), ids.end());
+  auto twice = std::adjacent_find(ids.begin(), ids.end());
+  if (twice != ids.end()) invalid("sequence " + std::to_string(*twice) + " appears twice in one step. A step takes each sequence once.");
   const StepLimits limits = step_limits(plan_, shape());
   if (tokens > static_cast<size_t>(limits.tokens))
     invalid("a step was given " + std::to_string(tokens) + " tokens, but holds at most prefill_chunk + max_sequences = " + std::to_string(limits.tokens) + ". Split it, or use prefill.");
@@ -205,7 +213,7 @@ void Engine::top_candidates(TopCandidatesArgs args) {
     if (!(temperature > 0) || temperature > std::numeric_limits<float>::max()) invalid("a temperature of candidates is not a positive number.");
   for (const LogitEdit& edit : args.edits) {
     if (edit.row < 0 || edit.row >= logit_rows_ || edit.token < 0 || edit.token >= vocab) invalid("an edit names row " + std::to_string(edit.row) + ", token " + std::to_string(edit.token) + ", outside the last step's logits.");
-    if (!(edit.penalty > 0)) invalid("an edit of token " + std::to_string(edit.token) + " has a penalty that is not above 0.");
+    if (!(edit.penalty > 0) || std::isinf(edit.penalty) || !(edit.bias < std::numeric_limits<float>::infinity())) invalid("an edit of token " + std::to_string(edit.token) + " has a penalty that is not a number above 0, or a bias that is not a number or -inf.");
   }
   for (int32_t target : args.targets)
     if (target < 0 || target >= vocab) invalid("target token id " + std::to_string(target) + " is outside the vocabulary (0.." + std::to_string(vocab - 1) + ").");
@@ -213,6 +221,14 @@ void Engine::top_candidates(TopCandidatesArgs args) {
   args.excluded = excluded_;
   backend_->top_candidates(args);
   backend_->finish();
+}
+
+void Engine::exclude_tokens(std::vector<int32_t> ids) {
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  if (!ids.empty() && (ids.front() < 0 || ids.back() >= shape().vocab_size))
+    invalid("unused token id " + std::to_string(ids.front() < 0 ? ids.front() : ids.back()) + " is outside the vocabulary (0.." + std::to_string(shape().vocab_size - 1) + ").");
+  excluded_ = std::move(ids);
 }
 
 void Engine::release(int64_t sequence) {

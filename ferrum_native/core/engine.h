@@ -65,7 +65,8 @@ class Engine {
   /// `args.logits`, `excluded` and the outputs of `args` sized for logit_rows(); the rest is the caller's. Validated here.
   void top_candidates(TopCandidatesArgs args);
   int candidate_limit() const { return shape().vocab_size - static_cast<int>(excluded_.size()); }
-  void exclude_tokens(std::vector<int32_t> rising_ids) { excluded_ = std::move(rising_ids); }
+  /// Ids that are never candidates.
+  void exclude_tokens(std::vector<int32_t> ids);
 
   void fork(int64_t source, int64_t target) { pool_.fork(source, target); }
   void release(int64_t sequence);

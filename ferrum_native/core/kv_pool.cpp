@@ -21,16 +21,16 @@ const Sequence& KvPool::at(int64_t sequence) const {
 
 void KvPool::check_context(int64_t sequence, int length, int tokens) const {
   if (tokens <= context_length_ - length) return;
-  throw Error(ErrorKind::ContextFull, "ContextFull: sequence " + std::to_string(sequence) + " has " + std::to_string(length) + " tokens and would grow by " + std::to_string(tokens) +
+  throw Error(ErrorKind::ContextFull, "sequence " + std::to_string(sequence) + " has " + std::to_string(length) + " tokens and would grow by " + std::to_string(tokens) +
                                           ", but the model's context length is " + std::to_string(context_length_) + ". Shorten the prompt or release the sequence.");
 }
 
 void KvPool::check_room(const Growth& subject, int need, int starting) const {
   if (live_sequences() + starting > max_sequences_)
-    throw Error(ErrorKind::KvPoolExhausted, "KVPoolExhausted: sequence " + std::to_string(subject.sequence) + " would be one more than max_sequences=" + std::to_string(max_sequences_) +
+    throw Error(ErrorKind::KvPoolExhausted, "sequence " + std::to_string(subject.sequence) + " would be one more than max_sequences=" + std::to_string(max_sequences_) +
                                                 " live sequences. Release a sequence or raise max_sequences.");
   if (need <= free_blocks()) return;
-  throw Error(ErrorKind::KvPoolExhausted, "KVPoolExhausted: need " + std::to_string(need) + " blocks for sequence " + std::to_string(subject.sequence) + ", " + std::to_string(free_blocks()) + " are free (" +
+  throw Error(ErrorKind::KvPoolExhausted, "need " + std::to_string(need) + (need == 1 ? " block" : " blocks") + " for sequence " + std::to_string(subject.sequence) + ", " + std::to_string(free_blocks()) + " are free (" +
                                               std::to_string(total_blocks()) + " blocks of " + std::to_string(kv_block_tokens) + " tokens). Release a sequence or raise kv_tokens.");
 }
 
@@ -69,20 +69,28 @@ void KvPool::grow(std::span<const Growth> step, std::vector<BlockCopy>& copies) 
   }
   copies.clear();
   undo_.clear();
-  for (const Growth& growth : step) {
-    auto [entry, started] = sequences_.try_emplace(growth.sequence);
-    Sequence& sequence = entry->second;
-    Undo undo{growth.sequence, growth.tokens, started, sequence.blocks.size()};
-    if (must_copy(sequence)) {
-      undo.replaced = first_written(sequence);
-      int32_t& block = sequence.blocks[static_cast<size_t>(undo.replaced)];
-      undo.original = block;
-      block = take_block();
-      copies.push_back({undo.original, block});
-    }
-    append_blocks(sequence, std::max(sequence.blocks.size(), static_cast<size_t>(blocks_for(sequence.length + growth.tokens))));
-    undo_.push_back(undo);
+  copies.reserve(step.size());
+  undo_.reserve(step.size());
+  try {
+    for (const Growth& growth : step) grow_one(growth, copies);
+  } catch (...) {
+    rollback();
+    throw;
   }
+}
+
+void KvPool::grow_one(const Growth& growth, std::vector<BlockCopy>& copies) {
+  auto [entry, started] = sequences_.try_emplace(growth.sequence);
+  Sequence& sequence = entry->second;
+  Undo& undo = undo_.emplace_back(Undo{growth.sequence, growth.tokens, started, sequence.blocks.size()});
+  if (must_copy(sequence)) {
+    undo.replaced = first_written(sequence);
+    int32_t& block = sequence.blocks[static_cast<size_t>(undo.replaced)];
+    undo.original = block;
+    block = take_block();
+    copies.push_back({undo.original, block});
+  }
+  append_blocks(sequence, std::max(sequence.blocks.size(), static_cast<size_t>(blocks_for(sequence.length + growth.tokens))));
 }
 
 void KvPool::commit() {
@@ -121,8 +129,8 @@ void KvPool::fork(int64_t source, int64_t target) {
     throw Error(ErrorKind::InvalidArgument, "sequence " + std::to_string(target) + " is live already and cannot be the target of a fork. Release it first or choose another number.");
   check_room({target, 0}, 0, 1);
   Sequence copy{from.length, {from.blocks.begin(), from.blocks.begin() + blocks_for(from.length)}};
-  for (int32_t block : copy.blocks) ++references_[static_cast<size_t>(block)];
-  sequences_.emplace(target, std::move(copy));
+  const Sequence& to = sequences_.emplace(target, std::move(copy)).first->second;
+  for (int32_t block : to.blocks) ++references_[static_cast<size_t>(block)];
 }
 
 void KvPool::release(int64_t id) {
@@ -144,7 +152,6 @@ void KvPool::truncate(int64_t id, int length, int blocks) {
     drop_block(sequence.blocks.back());
     sequence.blocks.pop_back();
   }
-  if (length == 0 && blocks == 0) sequences_.erase(found);
 }
 
 Savepoint KvPool::save(int64_t id) {
@@ -152,6 +159,7 @@ Savepoint KvPool::save(int64_t id) {
   auto found = sequences_.find(id);
   if (found == sequences_.end()) return savepoint;
   const Sequence& sequence = found->second;
+  savepoint.live = true;
   savepoint.length = sequence.length;
   savepoint.blocks = static_cast<int>(sequence.blocks.size());
   if (must_copy(sequence)) {
@@ -162,6 +170,7 @@ Savepoint KvPool::save(int64_t id) {
 }
 
 void KvPool::restore(const Savepoint& savepoint) {
+  if (!savepoint.live && live(savepoint.sequence)) release(savepoint.sequence);
   truncate(savepoint.sequence, savepoint.length, savepoint.blocks);
   if (savepoint.shared == invalid_block) return;
   int32_t& block = sequences_.at(savepoint.sequence).blocks[static_cast<size_t>(savepoint.length / kv_block_tokens)];

@@ -21,6 +21,7 @@ struct Growth {
 
 struct Savepoint {
   int64_t sequence;
+  bool live = false;
   int length = 0, blocks = 0;
   int32_t shared = invalid_block;  // the last block, if a fork shares it: kept referenced, as a step may replace it by a copy
 };
@@ -42,8 +43,6 @@ class KvPool {
   void fork(int64_t source, int64_t target);
   void release(int64_t sequence);
   void reset();
-  /// Back to an earlier length; blocks beyond `blocks` go back to the pool. A sequence cut to 0 tokens and 0 blocks ends.
-  void truncate(int64_t sequence, int length, int blocks);
 
   /// Remembers a sequence, live or not, before steps that may have to be taken back together; ends with `restore` or `forget`.
   Savepoint save(int64_t sequence);
@@ -72,6 +71,9 @@ class KvPool {
   };
   void check_context(int64_t sequence, int length, int tokens) const;
   void check_room(const Growth& subject, int need, int starting) const;
+  void grow_one(const Growth&, std::vector<BlockCopy>& copies);
+  /// Back to an earlier length; blocks beyond `blocks` go back to the pool.
+  void truncate(int64_t sequence, int length, int blocks);
   int32_t take_block();
   void drop_block(int32_t block);
   void append_blocks(Sequence& sequence, size_t count);

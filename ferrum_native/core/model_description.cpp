@@ -1,5 +1,6 @@
 #include "model_description.h"
 
+#include <cmath>
 #include <limits>
 
 #include "error.h"
@@ -30,9 +31,10 @@ int Metadata::integer(const std::string& key, int otherwise) const { return has(
 
 double Metadata::real(const std::string& key) const {
   const MetadataValue& value = required(key);
-  if (const auto* real = std::get_if<double>(&value)) return *real;
   if (const auto* integer = std::get_if<int64_t>(&value)) return static_cast<double>(*integer);
-  wrong_kind(key, "a number");
+  const auto* real = std::get_if<double>(&value);
+  if (!real || !std::isfinite(*real)) wrong_kind(key, "a finite number");
+  return *real;
 }
 
 double Metadata::real(const std::string& key, double otherwise) const { return has(key) ? real(key) : otherwise; }

@@ -9,7 +9,8 @@
 
 namespace ferrum {
 
-using MetadataValue = std::variant<bool, int64_t, double, std::string>;
+/// monostate: a value of a kind that no model reads, such as an array.
+using MetadataValue = std::variant<std::monostate, bool, int64_t, double, std::string>;
 
 /// Scalar metadata by key. A key of another kind than asked for, or out of range, is an Error that names the key.
 class Metadata {
@@ -18,7 +19,7 @@ class Metadata {
   bool has(const std::string& key) const { return values_.count(key) != 0; }
   int integer(const std::string& key) const;  // 0 .. 2^31 - 1; required
   int integer(const std::string& key, int otherwise) const;
-  double real(const std::string& key) const;
+  double real(const std::string& key) const;  // finite
   double real(const std::string& key, double otherwise) const;
   bool boolean(const std::string& key, bool otherwise) const;
   std::string text(const std::string& key, const std::string& otherwise) const;

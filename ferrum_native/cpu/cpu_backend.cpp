@@ -145,7 +145,20 @@ size_t CpuBackend::scratch_bytes(const StepLimits& limits) const {
 void CpuBackend::reserve_scratch(const StepLimits& limits) {
   arena_ = std::make_unique<Arena>(scratch_bytes(limits));
   visit_scratch(limits, arena_.get(), scratch_, split_partials_, columns_);
+  tiles_.reserve(static_cast<size_t>(limits.tokens));
+  pool_.start();
   product_floats_ = limits.tokens * limits.top_k * expert_task_rows;
+}
+
+void CpuBackend::begin(const Batch& batch) {
+  batch_ = &batch;
+  tiles_.clear();
+  for (int s = 0; s < batch.sequences; ++s) {
+    const int start = batch.query_start[static_cast<size_t>(s)], end = batch.query_start[static_cast<size_t>(s) + 1];
+    // The last tile first: it sees the longest context, and long tasks are best begun early.
+    for (int first = start + (end - start - 1) / query_tile * query_tile; first >= start; first -= query_tile)
+      tiles_.push_back({s, first, std::min(query_tile, end - first)});
+  }
 }
 
 void CpuBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) {

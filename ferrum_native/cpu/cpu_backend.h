@@ -90,7 +90,7 @@ class CpuBackend final : public Backend {
   size_t scratch_bytes(const StepLimits&) const override;
   void reserve_scratch(const StepLimits&) override;
 
-  void begin(const Batch& batch) override { batch_ = &batch; }
+  void begin(const Batch& batch) override;
   void embed(const EmbedArgs&) override;
   void norm(const NormArgs&) override;
   void linear(const LinearArgs&) override;
@@ -126,7 +126,6 @@ class CpuBackend final : public Backend {
 
   /// Where scratch is laid out: counted with `take` null, taken otherwise.
   size_t visit_scratch(const StepLimits&, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const;
-  bool shares_splits(const HeadShape&) const;
   size_t partial_floats(int rows, int head_dim) const { return static_cast<size_t>(rows) * static_cast<size_t>(head_dim + 2); }
   /// Calls f(row) for every row, on one thread where the work is too small to share.
   template <class F> void each_row(int rows, int cols, F&& f);
@@ -134,14 +133,16 @@ class CpuBackend final : public Backend {
   int rows_per_task(int rows) const;
   int expert_rows_per_task(int rows, int matrices, int columns) const;
   void group_pairs(CpuRouting&);
-  struct QueryTile { int sequence, first, queries, kv_head; };
-  void attend(const AttentionArgs&, const QueryTile&, int split, float* partial) const;
-  void finish_tile(const AttentionArgs&, const QueryTile&, const float* total) const;
+  /// Some tokens of one sequence, that share one read of keys and values.
+  struct QueryTile { int sequence, first, queries; };
+  void attend(const AttentionArgs&, const QueryTile&, int kv_head, int split, float* partial) const;
+  void finish_tile(const AttentionArgs&, const QueryTile&, int kv_head, const float* total) const;
 
   const CpuOptions options_;
   const Kernels& kernels_;
   ThreadPool pool_;
   const Batch* batch_ = nullptr;
+  std::vector<QueryTile> tiles_;  // of the batch
   std::unique_ptr<Arena> arena_;
   std::vector<ThreadScratch> scratch_;
   float* split_partials_ = nullptr;  // [units, splits] partial results of decode steps

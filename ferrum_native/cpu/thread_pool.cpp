@@ -1,5 +1,10 @@
 #include "thread_pool.h"
 
+#include <string>
+#include <system_error>
+
+#include "../core/error.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -31,15 +36,22 @@ template <class T> T wait_while(const std::atomic<T>& value, T old) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+void ThreadPool::start() {
+  try {
+    for (int i = static_cast<int>(workers_.size()) + 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {
+    const size_t started = workers_.size() + 1;
+    stop();
+    throw Error(ErrorKind::OutOfMemory, "the system refused more than " + std::to_string(started) + " of " + std::to_string(threads_) + " threads. Lower threads.");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+void ThreadPool::stop() {
   stop_ = true;
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::dispatch(int tasks, Call call, void* function) {

@@ -9,14 +9,15 @@
 
 namespace ferrum::cpu {
 
-/// `run` hands task numbers to the calling thread and threads - 1 workers. Workers spin briefly for the next op, then sleep.
+/// `run` hands task numbers to the calling thread and, once started, to threads - 1 workers. Workers spin briefly for the next op, then sleep.
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);
-  ~ThreadPool();
+  explicit ThreadPool(int threads) : threads_(threads) {}
+  ~ThreadPool() { stop(); }
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return threads_; }
+  void start();  // throws Error(OutOfMemory) where the system refuses a thread
 
   /// Calls f(task, thread) for every task in 0 .. tasks - 1, each once, in rising order of claiming; returns when all are done.
   template <class F> void run(int tasks, F&& f) {
@@ -30,6 +31,7 @@ class ThreadPool {
  private:
   using Call = void (*)(void* function, int task, int thread);
   void dispatch(int tasks, Call call, void* function);
+  void stop();
   void work(int thread);
   void claim(int thread);
 
@@ -40,6 +42,7 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> claims_{0};  // tasks of the op << 32 | next task
   alignas(64) std::atomic<int> unfinished_{0};   // tasks
   alignas(64) std::atomic<uint32_t> generation_{0};
+  const int threads_;
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
 };

@@ -33,55 +33,68 @@ void select_largest(const Kernels& kernels, const float* row, int size, std::spa
     if (!(row[id] > nothing) && !std::binary_search(excluded.begin(), excluded.end(), id)) heap[found++] = {nothing, id};
 }
 
+/// Logits that are changed for the time of a call, and come back as they were on every way out.
+class Overwritten {
+ public:
+  explicit Overwritten(size_t most) { originals_.reserve(most); }
+  ~Overwritten() {
+    for (auto original = originals_.rbegin(); original != originals_.rend(); ++original) *original->first = original->second;
+  }
+  Overwritten(const Overwritten&) = delete;
+  Overwritten& operator=(const Overwritten&) = delete;
+  void set(float* at, float value) { originals_.emplace_back(at, std::exchange(*at, value)); }
+
+ private:
+  std::vector<std::pair<float*, float>> originals_;
+};
+
 }  // namespace
 
 void CpuBackend::top_candidates(const TopCandidatesArgs& args) {
-  const int V = args.logits.cols, rows = args.logits.rows;
+  const int V = args.logits.cols, rows = args.logits.rows, chunks = (V + sum_chunk - 1) / sum_chunk;
+  const auto count = static_cast<size_t>(args.count);
   const float nothing = -std::numeric_limits<float>::infinity();
-  std::vector<std::pair<float*, float>> originals;  // what the edits and exclusions overwrote
-  originals.reserve(args.edits.size() + args.excluded.size() * static_cast<size_t>(rows));
-  auto overwrite = [&](float* at, float value) { originals.emplace_back(at, std::exchange(*at, value)); };
+  std::vector<Candidate> candidates(static_cast<size_t>(rows) * count);
+  std::vector<double> sums(static_cast<size_t>(rows) * static_cast<size_t>(chunks) * 2);
+  Overwritten overwritten(args.edits.size() + args.excluded.size() * static_cast<size_t>(rows));
+
   for (const LogitEdit& edit : args.edits) {
     float* at = row(args.logits, edit.row) + edit.token;
-    overwrite(at, edited(*at, edit));
+    overwritten.set(at, edited(*at, edit));
   }
   for (int r = 0; r < rows && !args.target_start.empty(); ++r)
     for (int32_t i = args.target_start[static_cast<size_t>(r)]; i < args.target_start[static_cast<size_t>(r) + 1]; ++i)
       args.target_logits[i] = row(args.logits, r)[args.targets[static_cast<size_t>(i)]];
   for (int r = 0; r < rows; ++r)
-    for (int32_t id : args.excluded) overwrite(row(args.logits, r) + id, nothing);
+    for (int32_t id : args.excluded) overwritten.set(row(args.logits, r) + id, nothing);
 
-  std::vector<Candidate> candidates(static_cast<size_t>(rows) * static_cast<size_t>(args.count));
   pool_.run(rows, [&](int r, int) {
-    Candidate* mine = candidates.data() + static_cast<size_t>(r) * static_cast<size_t>(args.count);
-    select_largest(kernels_, row(args.logits, r), V, args.excluded, args.count, mine);
-    for (int i = 0; i < args.count; ++i) {
-      args.ids[r * args.count + i] = mine[i].id;
-      args.values[r * args.count + i] = mine[i].logit;
+    const size_t first = static_cast<size_t>(r) * count;
+    select_largest(kernels_, row(args.logits, r), V, args.excluded, args.count, candidates.data() + first);
+    for (size_t i = first; i < first + count; ++i) {
+      args.ids[i] = candidates[i].id;
+      args.values[i] = candidates[i].logit;
     }
   });
 
-  const int chunks = (V + sum_chunk - 1) / sum_chunk;
-  std::vector<double> sums(static_cast<size_t>(rows) * static_cast<size_t>(chunks) * 2);
+  auto largest_of = [&](int r) { return static_cast<double>(args.values[static_cast<size_t>(r) * count]); };
   pool_.run(rows * chunks, [&](int task, int) {
     const int r = task / chunks, first = task % chunks * sum_chunk, size = std::min(sum_chunk, V - first);
     const float* x = row(args.logits, r) + first;
-    const double shift = static_cast<double>(args.values[r * args.count]), scale = 1.0 / static_cast<double>(args.temperatures[static_cast<size_t>(r)]);
-    sums[static_cast<size_t>(task) * 2] = kernels_.sum_exp(x, size, shift, 1.0);
-    sums[static_cast<size_t>(task) * 2 + 1] = scale == 1.0 ? sums[static_cast<size_t>(task) * 2] : kernels_.sum_exp(x, size, shift, scale);
+    const double scale = 1.0 / static_cast<double>(args.temperatures[static_cast<size_t>(r)]);
+    double* sum = sums.data() + static_cast<size_t>(task) * 2;
+    sum[0] = kernels_.sum_exp(x, size, largest_of(r), 1.0);
+    sum[1] = scale == 1.0 ? sum[0] : kernels_.sum_exp(x, size, largest_of(r), scale);
   });
   for (int r = 0; r < rows; ++r) {
+    const double largest = largest_of(r), temperature = static_cast<double>(args.temperatures[static_cast<size_t>(r)]);
     double plain = 0, scaled = 0;
-    for (int c = 0; c < chunks; ++c) plain += sums[static_cast<size_t>(r * chunks + c) * 2], scaled += sums[static_cast<size_t>(r * chunks + c) * 2 + 1];
-    const double largest = static_cast<double>(args.values[r * args.count]);
-    if (args.values[r * args.count] == nothing) {  // nothing can be chosen: the sums above are of NaN
-      args.log_sum_exp[r] = args.log_sum_exp_at_temperature[r] = largest;
-      continue;
-    }
-    args.log_sum_exp[r] = largest + std::log(plain);
-    args.log_sum_exp_at_temperature[r] = largest / static_cast<double>(args.temperatures[static_cast<size_t>(r)]) + std::log(scaled);
+    for (size_t c = static_cast<size_t>(r) * static_cast<size_t>(chunks); c < static_cast<size_t>(r + 1) * static_cast<size_t>(chunks); ++c) plain += sums[2 * c], scaled += sums[2 * c + 1];
+    // Where nothing can be chosen the sums are of NaN.
+    const bool none = args.values[static_cast<size_t>(r) * count] == nothing;
+    args.log_sum_exp[r] = none ? largest : largest + std::log(plain);
+    args.log_sum_exp_at_temperature[r] = none ? largest : largest / temperature + std::log(scaled);
   }
-  for (auto original = originals.rbegin(); original != originals.rend(); ++original) *original->first = original->second;
 }
 
 }  // namespace ferrum::cpu

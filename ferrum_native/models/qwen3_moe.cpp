@@ -17,6 +17,23 @@ int count(const Metadata& metadata, const std::string& key, int most) {
   return value;
 }
 
+/// Keys of other families that would change the computation, with the values that leave it as it is.
+void refuse_other_maths(const Metadata& metadata, const std::string& prefix) {
+  struct Neutral { const char* key; double value, also; };
+  constexpr Neutral table[] = {
+      {"attention.sliding_window", 0, 0}, {"expert_shared_count", 0, 0}, {"expert_shared_feed_forward_length", 0, 0}, {"expert_weights_scale", 1, 0},
+      {"expert_gating_func", 1, 0},  // 1: softmax
+      {"expert_group_count", 1, 0}, {"expert_group_used_count", 1, 0}, {"leading_dense_block_count", 0, 0}, {"interleave_moe_layer_step", 1, 0},
+      {"logit_scale", 1, 0}, {"residual_scale", 1, 0}, {"embedding_scale", 1, 0}, {"attention.scale", 0, 0}, {"attn_logit_softcapping", 0, 0},
+      {"final_logit_softcapping", 0, 0}, {"nextn_predict_layers", 0, 0},
+  };
+  for (const Neutral& neutral : table) {
+    const double value = metadata.real(prefix + neutral.key, neutral.value);
+    if (value != neutral.value && value != neutral.also)
+      refuse("the file sets " + prefix + neutral.key + ", which no Qwen3-MoE model has and ferrum does not compute. Its output would not be the model's.");
+  }
+}
+
 }  // namespace
 
 Qwen3MoeConfig::Qwen3MoeConfig(const ModelDescription& description) {
@@ -34,7 +51,9 @@ Qwen3MoeConfig::Qwen3MoeConfig(const ModelDescription& description) {
   shape.top_k = count(m, a + "expert_used_count", 64);
   expert_ffn_size = count(m, a + "expert_feed_forward_length", 1 << 20);
   norm_topk_prob = m.boolean(a + "expert_weights_norm", true);
-  rms_eps = static_cast<float>(m.real(a + "attention.layer_norm_rms_epsilon"));
+  const double eps = m.real(a + "attention.layer_norm_rms_epsilon");
+  if (!(eps >= 0 && eps < 1)) throw Error(ErrorKind::BadModelFile, "metadata key " + a + "attention.layer_norm_rms_epsilon is not a number from 0 to 1. Convert the model again.");
+  rms_eps = static_cast<float>(eps);
 
   auto embedding = description.tensors.find("token_embd.weight");
   if (embedding == description.tensors.end() || embedding->second.shape.size() != 2)
@@ -50,9 +69,7 @@ Qwen3MoeConfig::Qwen3MoeConfig(const ModelDescription& description) {
   if (shape.rotary_dim < 2 || shape.rotary_dim > h.head_dim || shape.rotary_dim % 2 != 0)
     throw Error(ErrorKind::BadModelFile, "rope.dimension_count is " + std::to_string(shape.rotary_dim) + ", not an even number up to the head size. Convert the model again.");
   if (shape.top_k > num_experts) throw Error(ErrorKind::BadModelFile, "expert_used_count " + std::to_string(shape.top_k) + " is above expert_count " + std::to_string(num_experts) + ". The file is damaged.");
-  if (m.integer(a + "attention.sliding_window", 0) != 0) refuse("the model asks for a sliding attention window, which no Qwen3-MoE model has and ferrum does not compute.");
-  if (m.integer(a + "expert_shared_count", 0) != 0 || m.integer(a + "expert_shared_feed_forward_length", 0) != 0) refuse("the model has shared experts, which qwen3moe does not define.");
-  if (m.real(a + "expert_weights_scale", 1.0) != 1.0 && m.real(a + "expert_weights_scale", 1.0) != 0.0) refuse("the model scales its expert weights, which qwen3moe does not define.");
+  refuse_other_maths(m, a);
   shape.largest_cols = std::max({shape.hidden_size, h.heads * h.head_dim, expert_ffn_size});
   rope = Rope::from(m, description.architecture, shape.rotary_dim);
 }

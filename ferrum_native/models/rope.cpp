@@ -18,6 +18,7 @@ double yarn_pair(double rotations, int rotary_dim, double theta, double original
 /// Blends interpolated (slow pairs) and original (fast pairs) frequencies over the ramp between beta_fast and beta_slow.
 void apply_yarn(Rope& rope, const Metadata& metadata, const std::string& prefix, int rotary_dim, double factor, int original_context) {
   double fast = metadata.real(prefix + "yarn_beta_fast", 32.0), slow = metadata.real(prefix + "yarn_beta_slow", 1.0);
+  if (!(fast > 0 && slow > 0)) throw Error(ErrorKind::BadModelFile, "metadata keys " + prefix + "yarn_beta_fast and yarn_beta_slow are not both above 0. Convert the model again.");
   double low = std::max(0.0, std::floor(yarn_pair(fast, rotary_dim, rope.theta, original_context)));
   double high = std::min(rotary_dim - 1.0, std::ceil(yarn_pair(slow, rotary_dim, rope.theta, original_context)));
   if (high <= low) high = low + 0.001;
