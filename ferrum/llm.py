@@ -99,8 +99,8 @@ class Completion:
 class Stream:
     """A running generation: iterate it for Pieces; afterwards `completion` holds the whole.
 
-    Close it (or leave its `with` block, or drop it) to end early: the sequence is released and `completion` holds what
-    was generated. One thread at a time may iterate a stream.
+    Close it (or leave its `with` block, or drop it) to end early: the sequence is released, where a step is running by
+    the next one, and `completion` holds what was generated. One thread at a time may iterate a stream.
     """
 
     def __init__(self, pieces: Generator[Piece, None, None], progress: _Progress):
@@ -187,7 +187,8 @@ class LLM:
         """Continue a text (control tokens in it are recognised) or token ids, piece by piece.
 
         Raises at once: ValueError for an empty prompt, TypeError for ids that are not whole numbers, ContextFull or
-        KVPoolExhausted for a prompt that is too long, EngineClosed. A sequence that runs out of room later ends with finish_reason "length" and a notice.
+        KVPoolExhausted for a prompt that is too long, EngineClosed. A sequence that runs out of room later ends with
+        finish_reason "length" and a notice.
         """
         started = perf_counter()
         params = SamplingParams() if sampling_params is None else sampling_params

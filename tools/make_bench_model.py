@@ -1,0 +1,27 @@
+"""A random-weight GGUF file of Qwen3-30B-A3B's layer shapes, for measuring speed: Q4_K_M mix, 3.5 GB with 8 layers.
+
+    python tools/make_bench_model.py OUT.gguf [--layers 8]
+
+Takes some minutes and about twice the file's size in memory. Its text means nothing; its bytes and operations a token are the real ones.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from tiny_models import TinyConfig, write_tiny_model  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("--layers", type=int, default=8, help="the real model has 48 (18 GB)")
+    arguments = parser.parse_args()
+    shape = TinyConfig(layers=arguments.layers, hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, top_k=8, expert_ffn=768, vocab=151936, context=40960)
+    write_tiny_model(arguments.out, config=shape, types="Q4_K_M", seed=1)
+
+
+if __name__ == "__main__":
+    main()
