@@ -88,8 +88,8 @@ class Candidates(NamedTuple):
 class Engine:
     """A loaded model with its KV pool. Sequences are ints chosen by the caller.
 
-    Any thread may call; calls wait for each other on one lock, and the GIL is free during a step. After an exception the engine is as before
-    and usable. `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192).
+    Any thread may call; calls wait for each other on one lock, and the GIL is free during a step. A call from inside another call (by a signal
+    handler or a finalizer) and any call in a forked process are a RuntimeError. After an exception the engine is as before and usable. `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192).
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
 
