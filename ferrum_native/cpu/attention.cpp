@@ -44,7 +44,7 @@ void CpuBackend::attention(const AttentionArgs& args) {
   for (const QueryTile& tile : tiles_) most_splits = std::max(most_splits, splits_of(tile));
 
   const bool single_tokens = b.tokens == b.sequences;
-  if (single_tokens && most_splits > 1 && units < 4 * pool_.threads()) {
+  if (single_tokens && most_splits > 1 && units < units_to_split_below()) {
     const size_t stride = partial_floats(group, D);
     auto partial_at = [&](int unit, int split) { return split_partials_ + (static_cast<size_t>(unit) * static_cast<size_t>(most_splits) + static_cast<size_t>(split)) * stride; };
     pool_.run(units * most_splits, [&](int task, int) {

@@ -129,7 +129,7 @@ size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vec
     piece(s.products, pairs * expert_task_rows);
     piece(s.attention, 2 * partial_floats(query_tile * group, limits.heads.head_dim));
   }
-  const auto units = static_cast<size_t>(limits.sequences) * static_cast<size_t>(limits.heads.kv_heads);
+  const auto units = static_cast<size_t>(std::min(static_cast<int64_t>(limits.sequences) * limits.heads.kv_heads, static_cast<int64_t>(units_to_split_below())));
   piece(splits, units * static_cast<size_t>((limits.context + split_keys - 1) / split_keys) * partial_floats(group, limits.heads.head_dim));
   piece(columns, pairs);
   return total;

@@ -123,6 +123,8 @@ class CpuBackend final : public Backend {
   static constexpr int query_tile = 8;
   /// Keys of one partial softmax; partial results are combined in order, so the bits do not depend on who computed them.
   static constexpr int split_keys = 512;
+  /// A decode step with fewer (sequence, kv head) units than this shares out the splits of each.
+  int units_to_split_below() const { return 4 * pool_.threads(); }
 
   /// Where scratch is laid out: counted with `take` null, taken otherwise.
   size_t visit_scratch(const StepLimits&, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const;
