@@ -293,6 +293,7 @@ cdef class Engine:
     cdef readonly int kv_capacity
     cdef readonly int kv_bytes_per_token
     cdef CallLock lock
+    cdef int process
 
     def __init__(self, model, *, unused_tokens=None, instruction_set=None, poison_freed_kv=False, fail_at=-1, **given):
         cdef ModelDescription description
@@ -304,6 +305,7 @@ cdef class Engine:
         if self.lock is not None:
             raise RuntimeError("an Engine is made once; make another object.")
         self.lock = CallLock()
+        self.process = os.getpid()
         options = checked_options(given)
         native_options = engine_options(options)
         native_options.poison_freed_kv = poison_freed_kv
@@ -549,5 +551,6 @@ cdef class Engine:
         self.close()
 
     def __dealloc__(self):
-        if self.native.get() != NULL and self.lock.in_another_process():
+        # Not through the lock: the garbage collector may have cleared it.
+        if self.native.get() != NULL and self.process != os.getpid():
             self.native.release()

@@ -155,6 +155,22 @@ except OutOfMemory as error:
     assert done.returncode == 7, done.stderr
 
 
+def test_an_engine_in_a_reference_cycle_is_collected(tiny):
+    code = """
+import gc, sys
+from ferrum.gguf_file import GGUFFile
+from ferrum_native._native import Engine
+for _ in range(3):
+    engine = Engine(GGUFFile.open(sys.argv[1]), threads=2, kv_tokens=64)
+    engine.prefill(0, [1, 2])
+    engine.config["engine"] = engine
+    del engine
+    gc.collect()
+"""
+    done = run(code, tiny.paths[0])
+    assert done.returncode == 0, done.stderr
+
+
 # values
 
 def test_unused_tokens_outside_the_vocabulary_are_refused(tiny):

@@ -4,7 +4,6 @@
 // Every op is mandatory on every backend and only enqueues; host memory is readable after `finish`. Arguments are validated by the engine
 // and the model: ops trust them. Weights of any type of `weight_types` are taken everywhere, norms are F32.
 #pragma once
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>

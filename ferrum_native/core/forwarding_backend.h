@@ -1,5 +1,6 @@
 // The base of decorators: every call goes to another backend. A decorator overrides `around`, which wraps every op, or single calls.
 #pragma once
+#include <functional>
 #include <utility>
 
 #include "backend.h"
