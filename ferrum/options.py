@@ -20,16 +20,20 @@ DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "data", "ferrum-storytel
 
 # How numbers are written: int() and float() would take 1_0, spaces, nan and other scripts' digits too.
 _WRITTEN = {int: re.compile(r"[+-]?[0-9]+"), float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")}
+_SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?([KMGT]?)(I?)B?")
+_TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 GIVEN, ENVIRONMENT, DEFAULT = "given", "environment", "default"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the values of one dataclass field look: `kind` is int, float or str, bounds are inclusive.
+    """How the values of one dataclass field look: `kind` is int, float, str or bool, bounds are inclusive.
 
     `default_text` describes a default of None ("the CPUs this process may use"), which is then allowed.
-    `sequence` marks a tuple of values, given as a repeated flag. `flag` is False where the command line has none.
+    `sequence` marks a tuple of values, `mapping` a dict from token ids to values; both are a repeated flag (ID=X for
+    the latter). A whole number of bytes may be written with a unit ("12GiB"). `flag` is the flag where it is not that
+    of the field's name, or False where the command line has none.
     """
 
     kind: type
@@ -41,9 +45,10 @@ class Setting:
     choices: tuple[str, ...] = ()
     default_text: str = ""
     sequence: bool = False
+    mapping: bool = False
     short_flag: str = ""
     metavar: str = "N"
-    flag: bool = True
+    flag: bool | str = True
 
     def expected(self) -> str:
         """The allowed values in words."""
@@ -51,8 +56,14 @@ class Setting:
             return " or ".join(self.choices) if len(self.choices) < 3 else "one of " + ", ".join(self.choices)
         if self.kind is str:
             return "text that is not empty"
+        if self.kind is bool:
+            return "True or False"
         noun = "a whole number" if self.kind is int else "a number"
         of = f" of {self.unit}" if self.unit else ""
+        if self.unit == "bytes":
+            of += " such as 12GiB,"
+        if self.mapping:
+            noun = f"ID=X with a token id and {noun}"
         if self.above is not None:
             return f"{noun}{of} above {self.above:g} and at most {self.maximum:g}"
         if self.maximum is not None:
@@ -69,12 +80,28 @@ class Setting:
             if not isinstance(value, Iterable):
                 raise self._error(value, name)
             return tuple(self._check_one(item, name) for item in value)
+        if self.mapping:
+            return self._check_mapping(value, name)
         if value is None and self.default_text:
             return None
         return self._check_one(value, name)
 
     def parse(self, text: str, name: str) -> Any:
-        """`check` for a value written as text, as flags and environment variables are."""
+        """`check` for a value written as text, as flags and environment variables are; (id, value) for a mapping's item."""
+        if self.mapping:
+            id, separator, text = text.partition("=")
+            if not separator:
+                raise self._error(id, name)
+            return _TOKEN_ID.parse(id, f"the token id of {name}"), self._parse_one(text, name)
+        return self._parse_one(text, name)
+
+    def _parse_one(self, text: str, name: str) -> Any:
+        if self.kind is bool:
+            if text.lower() not in _TRUTH:
+                raise self._error(text, name)
+            return _TRUTH[text.lower()]
+        if self.unit == "bytes":
+            return self._check_one(text, name)
         if self.kind in _WRITTEN and not _WRITTEN[self.kind].fullmatch(text):
             raise self._error(text, name)
         try:
@@ -83,9 +110,22 @@ class Setting:
             raise self._error(text, name) from None
         return self._check_one(value, name)
 
+    def _check_mapping(self, value: Any, name: str) -> dict[int, Any]:
+        if value is None:
+            return {}
+        try:
+            items = dict(value).items()
+        except (TypeError, ValueError):
+            raise self._error(value, name) from None
+        return {_TOKEN_ID.check(id, f"a token id of {name}"): self._check_one(item, name) for id, item in items}
+
     def _check_one(self, value: Any, name: str) -> Any:
-        if isinstance(value, bool) or (self.kind is str) is not isinstance(value, str):
+        if self.unit == "bytes" and isinstance(value, str):
+            value = self._size(value, name)
+        if (self.kind is bool) is not isinstance(value, bool) or (self.kind is str) is not isinstance(value, str):
             raise self._error(value, name)
+        if self.kind is bool:
+            return value
         try:
             converted = operator.index(value) if self.kind is int else self.kind(value)
         except (TypeError, ValueError, OverflowError):
@@ -103,12 +143,24 @@ class Setting:
             raise self._error(value, name)
         return converted
 
+    def _size(self, text: str, name: str) -> int:
+        """Bytes of "12GiB" (or 12G), "1.5 GB", "4096"; a unit without an i is of 1000s, a lone letter of 1024s."""
+        written = _SIZE.fullmatch(text.strip().upper())
+        if written is None:
+            raise self._error(text, name)
+        number, unit, binary = written.groups()
+        base = 1024 if binary or not text.strip().upper().endswith("B") else 1000
+        return int(float(number) * base ** " KMGT".index(unit or " ")) if len(number) < 20 else 1 << 80
+
     def _error(self, value: Any, name: str) -> OptionError:
         try:
             shown = repr(value)
         except ValueError:  # more digits than Python writes
             shown = "a number of thousands of digits"
         return OptionError(f"{name} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected {self.expected()}.")
+
+
+_TOKEN_ID = Setting(int, "a token of the vocabulary", minimum=0, maximum=(1 << 31) - 1)
 
 
 def _plain(number: float | None) -> str:
@@ -131,8 +183,8 @@ def check_settings(instance: Any) -> None:
         object.__setattr__(instance, name, rule.check(getattr(instance, name), name))
 
 
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag_name(name: str, rule: Setting) -> str:
+    return rule.flag if isinstance(rule.flag, str) else "--" + name.replace("_", "-")
 
 
 def variable_name(name: str) -> str:
@@ -152,8 +204,13 @@ class EngineOptions:
         default_text="the CPUs this process may use",
     )
     kv_tokens: int | None = setting(
-        None, int, "tokens that the KV cache holds: prompt and generated text together",
-        unit="tokens", minimum=1, maximum=1 << 30, default_text="the model's context, at most 8192",
+        None, int, "tokens that the KV cache holds: prompts and generated texts together",
+        unit="tokens", minimum=1, maximum=1 << 30, default_text="the model's context or what fits, at most 8192",
+    )
+    memory_budget: int | None = setting(
+        None, int, "most memory for weights, KV cache and scratch: the KV cache is fitted to it",
+        unit="bytes", minimum=1, maximum=(1 << 63) - 1, default_text="none; the KV cache fits what is available",
+        metavar="12GiB",
     )
     kv_type: str = setting("f16", str, "number type of the KV cache (f32 is for proof)", choices=("f16", "f32"), metavar="TYPE")
     activations: str = setting(
@@ -161,15 +218,16 @@ class EngineOptions:
         choices=("int8", "float32"), metavar="TYPE",
     )
     max_sequences: int = setting(
-        16, int, "sequences that can be live at once", unit="sequences", minimum=1, maximum=65536, flag=False
+        16, int, "texts that run at once", unit="sequences", minimum=1, maximum=65536
     )
     prefill_chunk: int = setting(
-        512, int, "prompt tokens that one step takes", unit="tokens", minimum=1, maximum=65536, flag=False
+        512, int, "prompt tokens that one step takes", unit="tokens", minimum=1, maximum=65536
     )
     max_logit_rows: int | None = setting(
         None, int, "most rows of logits that one call returns", unit="rows", minimum=1, maximum=1 << 20,
         default_text="max_sequences, at least 16", flag=False,
     )
+    profile: bool = setting(False, bool, "time every op of the engine, against its bytes and operations")
 
     def __post_init__(self) -> None:
         check_settings(self)

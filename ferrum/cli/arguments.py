@@ -80,14 +80,15 @@ class Parser(argparse.ArgumentParser):
 def add_settings(group: argparse._ArgumentGroup, cls: type) -> None:
     """A flag for every setting of a dataclass that has one."""
     for name, (field, rule) in settings_of(cls).items():
-        if rule.flag:
-            group.add_argument(
-                *filter(None, (rule.short_flag, flag_name(name))),
-                dest=name,
-                metavar="|".join(rule.choices) or rule.metavar,
-                action="append" if rule.sequence else "store",
-                help=_help(rule, field.default).replace("%", "%%"),
-            )
+        if not rule.flag:
+            continue
+        names = filter(None, (rule.short_flag, flag_name(name, rule)))
+        help = _help(rule, field.default).replace("%", "%%")
+        if rule.kind is bool:
+            group.add_argument(*names, dest=name, action="store_true", default=None, help=help)
+        else:
+            action = "append" if rule.sequence or rule.mapping else "store"
+            group.add_argument(*names, dest=name, metavar="|".join(rule.choices) or rule.metavar, action=action, help=help)
 
 
 def given_settings(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -97,13 +98,17 @@ def given_settings(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
         given = getattr(arguments, name, None)
         if given is None:
             continue
-        shown = f"{rule.short_flag} ({flag_name(name)})" if rule.short_flag else flag_name(name)
-        values[name] = tuple(rule.parse(text, shown) for text in given) if rule.sequence else rule.parse(given, shown)
+        shown = f"{rule.short_flag} ({flag_name(name, rule)})" if rule.short_flag else flag_name(name, rule)
+        if rule.sequence or rule.mapping:
+            items = [rule.parse(text, shown) for text in given]
+            values[name] = dict(items) if rule.mapping else tuple(items)
+        else:
+            values[name] = given if rule.kind is bool else rule.parse(given, shown)
     return values
 
 
 def _help(rule: Setting, default: Any) -> str:
-    shown = rule.default_text or ("" if default is MISSING else str(default))
+    shown = rule.default_text or ("" if default is MISSING or rule.kind is bool else str(default))
     return f"{rule.help} (default: {shown})" if shown else rule.help
 
 
