@@ -140,6 +140,9 @@ class Engine:
         """The n largest logits of each row of the last step."""
     def fork(self, source: int, target: int) -> None: ...
     def release(self, sequence: int) -> None: ...
+    def truncate(self, sequence: int, length: int) -> None:
+        """Drop the tokens of a live sequence after the first `length` (from 1 to what it has); blocks that it no longer needs, and room that
+        `reserve` held, go back to the pool. Forks keep what they have."""
     def reset(self) -> None: ...
     def reserve(self, sequence: int, tokens: int) -> None:
         """Hold KV blocks so that the sequence can grow by `tokens` without KVPoolExhausted."""
@@ -148,6 +151,9 @@ class Engine:
     def length(self, sequence: int) -> int:
         """Tokens of a live sequence."""
     def stats(self) -> dict[str, int]: ...
+    @property
+    def kv_blocks_free(self) -> int:
+        """Free blocks of the KV pool, of 16 tokens each."""
     @property
     def closed(self) -> bool: ...
     def close(self) -> None: ...

@@ -485,6 +485,13 @@ cdef class Engine:
         with self.lock:
             self.open().release(id)
 
+    def truncate(self, sequence, length):
+        """Drop the tokens of a live sequence after the first `length`."""
+        cdef int64_t id = sequence_id(sequence)
+        cdef int count = max(-1, min(operator.index(length), 0x7fffffff))
+        with self.lock:
+            self.open().truncate(id, count)
+
     def reset(self):
         """End every sequence."""
         with self.lock:
@@ -531,6 +538,12 @@ cdef class Engine:
                 "kv_blocks": native.pool().total_blocks(),
                 "kv_blocks_free": native.pool().free_blocks(),
             }
+
+    @property
+    def kv_blocks_free(self):
+        """Free blocks of the KV pool, of 16 tokens each."""
+        with self.lock:
+            return self.open().pool().free_blocks()
 
     @property
     def closed(self):

@@ -133,6 +133,7 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         void hold(int64_t, int, vector[BlockCopy]&) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
         void release(int64_t) except +raise_current_error
+        void truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error
         Savepoint save(int64_t) except +raise_current_error
         void restore(const Savepoint&) except +raise_current_error
@@ -178,6 +179,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         void exclude_tokens(vector[int32_t]) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
         void release(int64_t) except +raise_current_error
+        void truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error
         void reserve(int64_t, int) except +raise_current_error
         void warm_up() except +raise_current_error

@@ -489,6 +489,9 @@ cdef class KvPool:
     def release(self, sequence):
         self.native.get().release(sequence)
 
+    def truncate(self, sequence, length):
+        self.native.get().truncate(sequence, length)
+
     def reset(self):
         self.native.get().reset()
 

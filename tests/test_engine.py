@@ -252,6 +252,26 @@ def test_fork_copies_on_write(model, engine):
     assert all_free(engine)
 
 
+@pytest.mark.parametrize("length", [1, 10, 16, 20, 32, 39, 40])
+def test_a_truncated_sequence_continues_like_a_fresh_one(model, engine, length):
+    """Also beside a fork, which keeps its content."""
+    [first, other, more] = prompts(40, 30, 5)
+    [fresh, kept] = rows_alone(model(), [first[:length] + other, first + more])
+    engine.prefill(1, first, logits="none")
+    engine.reserve(1, 40)
+    engine.fork(1, 2)
+    engine.truncate(1, length)
+    assert engine.length(1) == length and engine.length(2) == 40
+    assert bits(engine.prefill(1, other, logits="all")) == bits(fresh[length:])
+    assert bits(engine.prefill(2, more, logits="all")) == bits(kept[40:])
+    engine.truncate(1, length)
+    assert bits(engine.prefill(1, other, logits="all")) == bits(fresh[length:])
+    engine.release(2)
+    assert engine.kv_blocks_free == engine.stats()["kv_blocks"] - -(-(length + 30) // 16)
+    engine.release(1)
+    assert all_free(engine)
+
+
 def test_reserve_holds_room(engine):
     engine.reserve(1, 250)
     assert engine.stats()["kv_blocks_free"] == 0
@@ -285,7 +305,7 @@ def test_stats_count_steps_tokens_and_rows(engine):
         "steps": 5, "tokens": 75, "logit_rows": 5, "failed_steps": 0, "live_sequences": 2}
 
 
-HISTORY = st.lists(st.tuples(st.sampled_from(["prefill", "decode", "decode", "batch", "fork", "release", "reserve"]), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40),
+HISTORY = st.lists(st.tuples(st.sampled_from(["prefill", "decode", "decode", "batch", "fork", "release", "reserve", "truncate"]), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40),
                              st.integers(0, 400)), min_size=1, max_size=25)
 
 
@@ -333,6 +353,9 @@ def test_any_history_gives_each_sequence_its_own_logits(poisoned, history):
             elif action == "release":
                 shared.release(sequence)
                 del texts[sequence]
+            elif action == "truncate" and texts.get(sequence):
+                shared.truncate(sequence, 1 + seed % len(texts[sequence]))
+                del texts[sequence][1 + seed % len(texts[sequence]):]
             elif action == "reserve" and sequence in texts:
                 shared.reserve(sequence, count)
         except (KVPoolExhausted, ContextFull):
@@ -448,6 +471,9 @@ REFUSED = {
     "reserve a negative room": (ValueError, lambda e: e.reserve(1, -1)),
     "release of an unknown sequence": (UnknownSequence, lambda e: e.release(9)),
     "length of an unknown sequence": (UnknownSequence, lambda e: e.length(9)),
+    "truncation of an unknown sequence": (UnknownSequence, lambda e: e.truncate(9, 1)),
+    "truncation to nothing": (ValueError, lambda e: e.truncate(1, 0)),
+    "truncation to more than there is": (ValueError, lambda e: e.truncate(1, 1 << 40)),
     "fork of an unknown sequence": (UnknownSequence, lambda e: e.fork(9, 10)),
     "fork onto a live sequence": (ValueError, lambda e: e.fork(1, 2)),
     "fork onto itself": (ValueError, lambda e: e.fork(1, 1)),
@@ -522,7 +548,7 @@ def test_close_gives_everything_back(model):
     assert engine.closed
     for call in (lambda: engine.prefill(0, [1]), lambda: engine.decode(0, 1), lambda: engine.decode_batch([0], [1]), lambda: engine.step([(0, [1])]),
                  lambda: engine.candidates(1), lambda: engine.fork(0, 1), lambda: engine.release(0), engine.reset, lambda: engine.reserve(0, 1), engine.warm_up,
-                 lambda: engine.length(0), engine.stats):
+                 lambda: engine.length(0), engine.stats, lambda: engine.truncate(0, 1), lambda: engine.kv_blocks_free):
         with pytest.raises(EngineClosed):
             call()
     engine.cancel()

@@ -113,6 +113,17 @@ class Memory:
             return
         del self.tokens[sequence]
 
+    def truncate(self, sequence, length):
+        before = self.state()
+        try:
+            self.pool.truncate(sequence, length)
+        except (UnknownSequence, ValueError) as error:
+            assert self.state() == before
+            assert isinstance(error, UnknownSequence) if sequence not in self.tokens else not 0 < length <= len(self.tokens[sequence])
+            return
+        del self.tokens[sequence][length:]
+        assert len(self.pool.sequence(sequence)[1]) == blocks_for(length)
+
     def prefill(self, sequence, chunks, fail_at):
         """As the engine does it: room for the whole prompt, then steps; one that fails takes the sequence back to where it was."""
         before, tokens = self.state(), None if sequence not in self.tokens else list(self.tokens[sequence])
@@ -169,6 +180,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(sequence=SEQUENCES)
     def release(self, sequence):
         self.memory.release(sequence)
+
+    @rule(sequence=SEQUENCES, length=st.integers(-1, 100))
+    def truncate(self, sequence, length):
+        self.memory.truncate(sequence, length)
+
+    @rule(sequence=SEQUENCES, part=st.floats(0, 1))
+    def truncate_to_a_part(self, sequence, part):
+        self.memory.truncate(sequence, max(1, int(part * len(self.memory.tokens.get(sequence, ())))))
 
     @rule()
     def freed_blocks_are_reported_once(self):
@@ -259,6 +278,19 @@ def test_a_full_block_is_not_copied():
     assert memory.pool.free_blocks == 1
 
 
+def test_a_truncated_fork_is_copied_before_it_is_written():
+    memory = Memory(8, 4, 100)
+    memory.step([(0, 40)])
+    memory.hold(0, 24)
+    memory.fork(0, 1)
+    memory.truncate(0, 10)
+    assert memory.pool.free_blocks == 5  # the held block; the other three are the fork's as well
+    assert memory.pool.grow([(0, 30)]) == [(memory.pool.sequence(1)[1][0], memory.pool.sequence(0)[1][0])]
+    memory.pool.rollback()
+    assert memory.step([(0, 30), (1, 8)])
+    memory.check()
+
+
 def test_held_room_needs_no_free_blocks_later():
     memory = Memory(4, 4, 100)
     memory.hold(0, 60)
@@ -292,6 +324,8 @@ def test_errors_carry_the_figures():
         pool.grow([(9, 1)])
     with pytest.raises(UnknownSequence, match="sequence 9"):
         pool.release(9)
+    with pytest.raises(ValueError, match="sequence 7 has 40 tokens and cannot be cut to 41"):
+        pool.truncate(7, 41)
     with pytest.raises(ValueError, match="sequence 8 is live already"):
         pool.fork(7, 8)
 

@@ -236,6 +236,11 @@ void Engine::release(int64_t sequence) {
   poison_freed();
 }
 
+void Engine::truncate(int64_t sequence, int length) {
+  pool_.truncate(sequence, length);
+  poison_freed();
+}
+
 void Engine::reset() {
   pool_.reset();
   poison_freed();

@@ -70,6 +70,8 @@ class Engine {
 
   void fork(int64_t source, int64_t target) { pool_.fork(source, target); }
   void release(int64_t sequence);
+  /// Drops the tokens after the first `length`; the next ones are written behind them.
+  void truncate(int64_t sequence, int length);
   void reset();
   void reserve(int64_t sequence, int tokens);
   /// Runs the shapes that will be used, and gives every block back.

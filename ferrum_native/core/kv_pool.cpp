@@ -143,10 +143,16 @@ void KvPool::reset() {
   while (!sequences_.empty()) release(sequences_.begin()->first);
 }
 
-void KvPool::truncate(int64_t id, int length, int blocks) {
-  auto found = sequences_.find(id);
-  if (found == sequences_.end()) return;
-  Sequence& sequence = found->second;
+void KvPool::truncate(int64_t id, int length) {
+  const int current = at(id).length;
+  if (length < 1 || length > current)
+    throw Error(ErrorKind::InvalidArgument, "sequence " + std::to_string(id) + " has " + std::to_string(current) + " tokens and cannot be cut to " + std::to_string(length) +
+                                                ": the length is from 1 to what it has. To drop all of them, release it.");
+  // Every block past the new length goes, held room too: a fork may share it, and only the first block written is looked at for a copy.
+  shorten(sequences_.at(id), length, blocks_for(length));
+}
+
+void KvPool::shorten(Sequence& sequence, int length, int blocks) {
   sequence.length = length;
   while (static_cast<int>(sequence.blocks.size()) > blocks) {
     drop_block(sequence.blocks.back());
@@ -171,7 +177,7 @@ Savepoint KvPool::save(int64_t id) {
 
 void KvPool::restore(const Savepoint& savepoint) {
   if (!savepoint.live && live(savepoint.sequence)) release(savepoint.sequence);
-  truncate(savepoint.sequence, savepoint.length, savepoint.blocks);
+  if (savepoint.live) shorten(sequences_.at(savepoint.sequence), savepoint.length, savepoint.blocks);
   if (savepoint.shared == invalid_block) return;
   int32_t& block = sequences_.at(savepoint.sequence).blocks[static_cast<size_t>(savepoint.length / kv_block_tokens)];
   drop_block(std::exchange(block, savepoint.shared));

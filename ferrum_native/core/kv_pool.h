@@ -42,6 +42,8 @@ class KvPool {
   void hold(int64_t sequence, int tokens, std::vector<BlockCopy>& copies);
   void fork(int64_t source, int64_t target);
   void release(int64_t sequence);
+  /// Drops the tokens after the first `length`, and the room held beyond them.
+  void truncate(int64_t sequence, int length);
   void reset();
 
   /// Remembers a sequence, live or not, before steps that may have to be taken back together; ends with `restore` or `forget`.
@@ -72,8 +74,8 @@ class KvPool {
   void check_context(int64_t sequence, int length, int tokens) const;
   void check_room(const Growth& subject, int need, int starting) const;
   void grow_one(const Growth&, std::vector<BlockCopy>& copies);
-  /// Back to an earlier length; blocks beyond `blocks` go back to the pool.
-  void truncate(int64_t sequence, int length, int blocks);
+  /// Back to an earlier length; blocks beyond the first `blocks` go back to the pool.
+  void shorten(Sequence& sequence, int length, int blocks);
   int32_t take_block();
   void drop_block(int32_t block);
   void append_blocks(Sequence& sequence, size_t count);
