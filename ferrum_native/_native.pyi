@@ -64,6 +64,8 @@ class Edit(NamedTuple):
     penalty: float = 1.0
     bias: float = 0.0
 
+EDIT_DTYPE: np.dtype[np.void]  # the fields of an Edit in an array: row and token int32, penalty and bias float32; made at first use
+
 class Logits:
     """Logits of a step, float32 [rows, vocab_size] ([vocab_size] for `prefill(logits="last")` and `decode`).
 
@@ -133,11 +135,12 @@ class Engine:
     def candidates(
         self,
         n: int,
-        edits: Sequence[Edit | tuple] | None = None,
+        edits: npt.NDArray[np.void] | Sequence[Edit | tuple] | None = None,
         targets: Sequence[Sequence[int]] | None = None,
-        temperatures: Sequence[float] | None = None,
+        temperatures: npt.NDArray[np.float32] | Sequence[float] | None = None,
     ) -> Candidates:
-        """The n largest logits of each row of the last step."""
+        """The n largest logits of each row of the last step, after the edits, in their order. An array of EDIT_DTYPE and float32 temperatures
+        are taken whole, without a Python step per item. `targets`: per row, ids whose logits are wanted as well."""
     def fork(self, source: int, target: int) -> None: ...
     def release(self, sequence: int) -> None: ...
     def truncate(self, sequence: int, length: int) -> None:

@@ -8,7 +8,9 @@ import threading
 from collections import namedtuple
 from contextlib import contextmanager
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.long cimport PyLong_AsLongLongAndOverflow
+from cpython.number cimport PyNumber_Index
 from cython.operator cimport dereference
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cbool
@@ -50,20 +52,91 @@ cdef string utf8(text):
     return str(text).encode("utf-8", "surrogateescape")
 
 
+def __getattr__(name):
+    if name != "EDIT_DTYPE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return edit_dtype()
+
+
+cdef object _edit_dtype = None
+
+
+cdef object edit_dtype():
+    """EDIT_DTYPE: the fields of an Edit as they lie in memory. Made at first use, as it needs numpy."""
+    global _edit_dtype
+    if _edit_dtype is None:
+        import numpy
+
+        _edit_dtype = numpy.dtype([("row", "<i4"), ("token", "<i4"), ("penalty", "<f4"), ("bias", "<f4")])
+    return _edit_dtype
+
+
+cdef int32_t token_id(object token) except? -1:
+    cdef int overflow = 0
+    index = PyNumber_Index(token)
+    cdef long long value = PyLong_AsLongLongAndOverflow(index, &overflow)
+    if overflow or not -2147483648 <= value <= 2147483647:
+        raise ValueError(f"token id {index} is outside every vocabulary.")
+    return <int32_t>value
+
+
 cdef int fill_tokens(object tokens, vector[int32_t]& out) except -1:
     for token in tokens:
-        index = operator.index(token)
-        if not -2147483648 <= index <= 2147483647:
-            raise ValueError(f"token id {index} is outside every vocabulary.")
-        out.push_back(<int32_t>index)
+        out.push_back(token_id(token))
     return 0
 
 
 cdef int64_t sequence_id(object sequence) except? -1:
-    index = operator.index(sequence)
-    if not -(1 << 63) <= index < 1 << 63:
+    cdef int overflow = 0
+    index = PyNumber_Index(sequence)
+    cdef long long value = PyLong_AsLongLongAndOverflow(index, &overflow)
+    if overflow:
         raise ValueError(f"sequence {index} does not fit 64 bits.")
-    return <int64_t>index
+    return value
+
+
+cdef void* values_of(object array) except? NULL:
+    """First value of a C-contiguous array, which the caller keeps alive."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)
+    PyBuffer_Release(&view)
+    return view.buf
+
+
+cdef int fill_edits(object edits, vector[LogitEdit]& out) except -1:
+    """Copies edits, an array of EDIT_DTYPE or an iterable of Edit or its values: what is checked later is what is used."""
+    import numpy
+
+    cdef LogitEdit native_edit
+    cdef const LogitEdit* first
+    if isinstance(edits, numpy.ndarray) and edits.dtype == edit_dtype():
+        edits = numpy.ascontiguousarray(edits)
+        first = <const LogitEdit*>values_of(edits)
+        out.assign(first, first + <size_t>edits.size)
+        return 0
+    for row, token, penalty, bias in [Edit(*edit) for edit in edits]:
+        native_edit.row, native_edit.token = PyNumber_Index(row), PyNumber_Index(token)
+        native_edit.penalty, native_edit.bias = penalty, bias
+        out.push_back(native_edit)
+    return 0
+
+
+cdef int fill_temperatures(object temperatures, vector[float]& out) except -1:
+    """Copies temperatures: a float32 array, or any iterable of numbers."""
+    cdef Py_buffer view
+    cdef const float* first
+    if PyObject_CheckBuffer(temperatures):
+        PyObject_GetBuffer(temperatures, &view, PyBUF_FORMAT | PyBUF_STRIDES)
+        try:
+            if view.ndim == 1 and view.strides[0] == sizeof(float) and view.format == b"f":
+                first = <const float*>view.buf
+                out.assign(first, first + view.shape[0])
+                return 0
+        finally:
+            PyBuffer_Release(&view)
+    for temperature in temperatures:
+        out.push_back(temperature)
+    return 0
 
 
 cdef LogitsWanted logits_wanted(object text) except *:
@@ -391,19 +464,22 @@ cdef class Engine:
         return self.run_step(chunks, False, False)
 
     cdef object run_step(self, chunks, bint single, bint must_live):
-        cdef vector[vector[int32_t]] ids
+        cdef vector[int32_t] ids
+        cdef vector[size_t] ends
         cdef vector[NativeChunk] native_chunks
         cdef NativeChunk chunk
         cdef NativeEngine* native
-        cdef size_t i
-        chunks = [Chunk(*given) for given in chunks]
-        ids.resize(len(chunks))
-        for i, (sequence, tokens, logits) in enumerate(chunks):
-            fill_tokens(tokens, ids[i])
+        cdef size_t i, first = 0
+        for given in chunks:
+            sequence, tokens, logits = given if len(given) == 3 else Chunk(*given)
+            fill_tokens(tokens, ids)
             chunk.sequence = sequence_id(sequence)
-            chunk.tokens = span(ids[i].data(), ids[i].size())
             chunk.logits = logits_wanted(logits)
             native_chunks.push_back(chunk)
+            ends.push_back(ids.size())
+        for i in range(ends.size()):  # the ids no longer move
+            native_chunks[i].tokens = span(ids.data() + first, ends[i] - first)
+            first = ends[i]
         with self.lock:
             native = self.open()
             if must_live:
@@ -421,13 +497,10 @@ cdef class Engine:
         cdef vector[LogitEdit] native_edits
         cdef vector[int32_t] native_targets, target_start
         cdef vector[float] native_temperatures
-        cdef LogitEdit native_edit
         cdef NativeEngine* native
         cdef int rows = 0
-        for row, token, penalty, bias in [Edit(*edit) for edit in edits or ()]:
-            native_edit.row, native_edit.token = operator.index(row), operator.index(token)
-            native_edit.penalty, native_edit.bias = penalty, bias
-            native_edits.push_back(native_edit)
+        if edits is not None:
+            fill_edits(edits, native_edits)
         if targets is not None:
             targets = [list(row) for row in targets]
             for row in targets:
@@ -435,8 +508,7 @@ cdef class Engine:
                 fill_tokens(row, native_targets)
             target_start.push_back(<int32_t>native_targets.size())
         if temperatures is not None:
-            for temperature in temperatures:
-                native_temperatures.push_back(temperature)
+            fill_temperatures(temperatures, native_temperatures)
         args.count = max(-1, min(operator.index(n), 1 << 30))
         with self.lock:
             native = self.open()
@@ -458,11 +530,11 @@ cdef class Engine:
             args.temperatures = float_span(native_temperatures.data(), native_temperatures.size())
             args.targets = span(native_targets.data(), native_targets.size())
             args.target_start = span(target_start.data(), target_start.size())
-            args.ids = <int32_t*><size_t>ids.ctypes.data
-            args.values = <float*><size_t>logits.ctypes.data
-            args.log_sum_exp = <double*><size_t>log_sum_exp.ctypes.data
-            args.log_sum_exp_at_temperature = <double*><size_t>at_temperature.ctypes.data
-            args.target_logits = <float*><size_t>target_logits.ctypes.data
+            args.ids = <int32_t*>values_of(ids)
+            args.values = <float*>values_of(logits)
+            args.log_sum_exp = <double*>values_of(log_sum_exp)
+            args.log_sum_exp_at_temperature = <double*>values_of(at_temperature)
+            args.target_logits = <float*>values_of(target_logits)
             with nogil:
                 native.top_candidates(args)
         if targets is None:

@@ -1,7 +1,10 @@
 """The engine's calls on tiny random models: what they compute, what they promise about bits, and what is left after an error."""
 import _thread
+import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from tiny_models import TinyConfig, make_vocabulary, random_token_ids, tensor_di
 from ferrum.errors import (Cancelled, ContextFull, EngineClosed, KVPoolExhausted, LogitRowsExceeded, ModelFileError, OptionError, StaleLogits,
                            UnknownSequence, UnsupportedModelError)
 from ferrum.gguf_file import GGUFFile
-from ferrum_native._native import Chunk, Engine, model_rope_cos_sin, plan
+from ferrum_native._native import EDIT_DTYPE, Chunk, Engine, model_rope_cos_sin, plan
 
 WIDE = TinyConfig()  # every row holds K-quant blocks
 SMALL = TinyConfig(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, experts=8, top_k=2, expert_ffn=96, vocab=512, context=256)
@@ -436,6 +439,34 @@ def test_candidates_never_name_the_padding(model):
     with Engine(file, threads=1, kv_tokens=64, unused_tokens=range(10, SMALL.vocab)) as engine:
         engine.prefill(0, [1, 2])
         assert sorted(engine.candidates(10).ids[0].tolist()) == list(range(10))
+
+
+def test_edits_and_temperatures_may_be_arrays(engine):
+    engine.step([(s, random_token_ids(SMALL, 4, s)) for s in range(3)])
+    edits = [(0, 5, 1.5, 2.0), (2, 5, 1.0, -3.0), (1, 7, 2.0, 0.0), (1, 7, 1.0, 9.0)]
+    temperatures = [0.5, 1.0, 2.0]
+    expected = engine.candidates(20, edits=edits, temperatures=temperatures, targets=[[5], [7], [5]])
+    array = np.array(edits, EDIT_DTYPE)
+    spaced, frozen = np.zeros(8, EDIT_DTYPE), array.copy()
+    spaced[::2], frozen.flags.writeable = array, False
+    ways_of_edits = (lambda: array, lambda: spaced[::2], lambda: frozen, lambda: iter(edits))
+    floats = np.array(temperatures, np.float32)
+    ways_of_temperatures = (lambda: floats, lambda: np.repeat(floats, 2)[::2], lambda: floats.astype(np.float64), lambda: iter(temperatures))
+    for one, other in itertools.product(ways_of_edits, ways_of_temperatures):
+        for got, wanted in zip(engine.candidates(20, edits=one(), temperatures=other(), targets=[[5], [7], [5]]), expected):
+            assert np.array_equal(got, wanted)
+    assert np.array_equal(engine.candidates(3, edits=array[:0]).ids, engine.candidates(3).ids)
+    array["row"][1] = 3
+    with pytest.raises(ValueError, match="row 3"):
+        engine.candidates(3, edits=array)
+    with pytest.raises(ValueError, match="temperatures has 2"):
+        engine.candidates(3, temperatures=np.ones(2, np.float32))
+
+
+def test_numpy_is_imported_at_first_use():
+    code = "import sys; from ferrum_native import _native; assert 'numpy' not in sys.modules; assert _native.EDIT_DTYPE.itemsize == 16; _native.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "AttributeError: module 'ferrum_native._native' has no attribute 'nothing'" in done.stderr, done.stderr
 
 
 # Errors leave everything as it was
