@@ -285,6 +285,24 @@ def available_cpus() -> int:
         return cpus
 
 
+def available_memory() -> int | None:
+    """Bytes that this machine and container would give now; None where the system does not say."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            found.append(int(limit.read()))
+    except (OSError, ValueError):  # no limit reads "max"
+        pass
+    if not found and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
 def color_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the user lets a terminal show colour (https://no-color.org)."""
     environ = os.environ if environ is None else environ

@@ -33,6 +33,7 @@ def plan(
     *,
     device: str = "auto",
     kv_tokens: int | None = None,
+    memory_budget: int | str | None = None,
     kv_type: str = "f16",
     max_sequences: int = 16,
     prefill_chunk: int = 512,
@@ -91,7 +92,12 @@ class Engine:
     """A loaded model with its KV pool. Sequences are ints chosen by the caller.
 
     Any thread may call; calls wait for each other on one lock, and the GIL is free during a step. A call from inside another call (by a signal
-    handler or a finalizer) and any call in a forked process are a RuntimeError. After an exception the engine is as before and usable. `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192).
+    handler or a finalizer) and any call in a forked process are a RuntimeError. After an exception the engine is as before and usable.
+
+    `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192), less where the plan would
+    not fit. `memory_budget`: bytes (or "12GiB") that weights, KV pool and scratch together must fit, else OutOfMemory says what would; the
+    default kv_tokens is then at least min(context length, 512). Without one the default kv_tokens fits the memory that the system would give
+    (only KV pool and scratch, where the mapped weights are larger than that) and is at least 16.
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
 
@@ -114,6 +120,7 @@ class Engine:
         *,
         device: str = "auto",
         kv_tokens: int | None = None,
+        memory_budget: int | str | None = None,
         kv_type: str = "f16",
         max_sequences: int = 16,
         prefill_chunk: int = 512,

@@ -212,6 +212,7 @@ cdef dict effective_options(object options, const EnginePlan& plan):
     return {
         "device": options.device,
         "kv_tokens": plan.options.kv_tokens,
+        "memory_budget": options.memory_budget,
         "kv_type": options.kv_type,
         "max_sequences": plan.options.max_sequences,
         "prefill_chunk": plan.options.prefill_chunk,
@@ -232,8 +233,12 @@ cdef object checked_options(dict given):
 
 
 cdef EngineOptions engine_options(object options):
+    from ferrum.options import available_memory
+
     cdef EngineOptions out
     out.kv_tokens = options.kv_tokens or 0
+    out.memory_budget = options.memory_budget or 0
+    out.available_memory = available_memory() or 0
     out.kv_type = KvType.F16 if options.kv_type == "f16" else KvType.F32
     out.max_sequences = options.max_sequences
     out.prefill_chunk = options.prefill_chunk
@@ -271,7 +276,7 @@ def plan(model, **given):
         "kv_bytes": plan.kv,
         "kv_bytes_per_token": plan.kv // plan.options.kv_tokens,
         "scratch_bytes": plan.scratch,
-        "total_bytes": plan.weights + plan.weights_extra + plan.kv + plan.scratch,
+        "total_bytes": plan.total(),
     }
 
 

@@ -147,25 +147,29 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         int total_blocks()
         int free_blocks()
 
+cdef extern from "core/plan.h" namespace "ferrum" nogil:
+    cdef cppclass EngineOptions:
+        int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
+        KvType kv_type
+        uint64_t memory_budget, available_memory
+        cbool poison_freed_kv
+    cdef cppclass EnginePlan:
+        EngineOptions options
+        uint64_t weights, weights_extra, kv, scratch
+        uint64_t total()
+    EnginePlan make_plan(Model&, const Backend&, const EngineOptions&) except +raise_current_error
+
 cdef extern from "core/engine.h" namespace "ferrum" nogil:
     cdef enum class LogitsWanted:
         Nothing
         Last
         All
-    cdef cppclass EngineOptions:
-        int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
-        KvType kv_type
-        cbool poison_freed_kv
-    cdef cppclass EnginePlan:
-        EngineOptions options
-        uint64_t weights, weights_extra, kv, scratch
     cdef cppclass EngineStats:
         int64_t steps, tokens, logit_rows, failed_steps
     cdef cppclass NativeChunk "ferrum::Chunk":
         int64_t sequence
         token_span tokens
         LogitsWanted logits
-    EnginePlan make_plan(Model&, const Backend&, const EngineOptions&) except +raise_current_error
     cdef cppclass NativeEngine "ferrum::Engine":
         NativeEngine(unique_ptr[Model], unique_ptr[Backend], const EngineOptions&) except +raise_current_error
         void step(chunks_span) except +raise_current_error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ferrum.cli.arguments import Parser, given_settings
 from ferrum.cli.output import BOLD, json_line, note_error, printable, program, size, styled
 from ferrum.errors import ModelFileError
-from ferrum.options import DEFAULT, DEFAULT_MODEL, ENVIRONMENT, GIVEN, EngineOptions, Resolved, resolve, variable_name
+from ferrum.options import DEFAULT, DEFAULT_MODEL, ENVIRONMENT, GIVEN, EngineOptions, Resolved, available_memory, resolve, variable_name
 
 if TYPE_CHECKING:
     from ferrum.gguf_file import GGUFFile
@@ -86,24 +86,6 @@ def describe(file: GGUFFile, resolved: Resolved) -> dict[str, Any]:
         "available_memory_bytes": available_memory(),
         "reason": reason or vocabulary.get("error"),
     }
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine and container would give now; None where the system does not say."""
-    found = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            found.append(int(limit.read()))
-    except (OSError, ValueError):  # no limit reads "max"
-        pass
-    if not found and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found, default=None)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

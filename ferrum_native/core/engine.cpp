@@ -10,42 +10,7 @@ namespace {
 
 [[noreturn]] void invalid(const std::string& message) { throw Error(ErrorKind::InvalidArgument, message); }
 
-StepLimits step_limits(const EnginePlan& plan, const ModelShape& shape) {
-  const EngineOptions& o = plan.options;
-  return {o.prefill_chunk + o.max_sequences, o.max_sequences, o.max_logit_rows, plan.context, shape.heads, shape.largest_cols, shape.top_k};
-}
-
-KvShape kv_shape(const EnginePlan& plan, const ModelShape& shape) {
-  return {shape.layers, plan.kv_blocks, shape.heads.kv_heads, shape.heads.head_dim, plan.options.kv_type};
-}
-
-size_t block_table_entries(const EnginePlan& plan) {
-  return static_cast<size_t>(plan.options.max_sequences) * static_cast<size_t>(blocks_for(plan.context));
-}
-
-uint64_t logits_bytes(const EnginePlan& plan, const ModelShape& shape) {
-  return static_cast<uint64_t>(plan.options.max_logit_rows) * static_cast<uint64_t>(shape.vocab_size) * sizeof(float);
-}
-
 }  // namespace
-
-EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& options) {
-  const ModelShape& shape = model.shape();
-  EnginePlan plan;
-  plan.options = options;
-  EngineOptions& o = plan.options;
-  if (o.kv_tokens == 0) o.kv_tokens = std::min(shape.context_length, 8192);
-  if (o.max_logit_rows == 0) o.max_logit_rows = std::max(o.max_sequences, 16);
-  plan.kv_blocks = blocks_for(o.kv_tokens);
-  o.kv_tokens = plan.kv_blocks * kv_block_tokens;
-  plan.context = std::min(shape.context_length, o.kv_tokens);
-  const ModelMemory memory = model.memory(backend, step_limits(plan, shape));
-  plan.weights = memory.weights;
-  plan.weights_extra = memory.weights_extra;
-  plan.kv = backend.kv_bytes(kv_shape(plan, shape));
-  plan.scratch = memory.scratch + logits_bytes(plan, shape) + block_table_entries(plan) * sizeof(int32_t) + backend.scratch_bytes(step_limits(plan, shape));
-  return plan;
-}
 
 Engine::Engine(std::unique_ptr<Model> model, std::unique_ptr<Backend> backend, const EngineOptions& options)
     : plan_(make_plan(*model, *backend, options)),

@@ -8,26 +8,10 @@
 #include <span>
 #include <vector>
 
-#include "../models/model.h"
 #include "kv_pool.h"
+#include "plan.h"
 
 namespace ferrum {
-
-struct EngineOptions {
-  int kv_tokens = 0;          // capacity of the KV pool; 0: min(context length, 8192)
-  KvType kv_type = KvType::F16;
-  int max_sequences = 16;
-  int prefill_chunk = 512;    // prompt tokens of one step
-  int max_logit_rows = 0;     // rows of one call's logits; 0: max(max_sequences, 16)
-  bool poison_freed_kv = false;  // tests: blocks that become free are filled with NaN
-};
-
-/// The plan of an engine: options as they take effect and bytes, before anything is loaded.
-struct EnginePlan {
-  EngineOptions options;
-  int kv_blocks = 0, context = 0;  // context: tokens that one sequence can reach
-  uint64_t weights = 0, weights_extra = 0, kv = 0, scratch = 0;
-};
 
 enum class LogitsWanted : uint8_t { Nothing, Last, All };
 
@@ -40,8 +24,6 @@ struct Chunk {
 struct EngineStats {
   int64_t steps = 0, tokens = 0, logit_rows = 0, failed_steps = 0;
 };
-
-EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& options);
 
 class Engine {
  public:
