@@ -27,6 +27,7 @@ _HOME = {
     "GGUFFile": "ferrum.gguf_file",
     "Tokenizer": "ferrum.tokenizer",
     "IncrementalDetokenizer": "ferrum.tokenizer",
+    "ChatTemplate": "ferrum.chat_template",
     "Engine": "ferrum_native._native",
     "FerrumError": "ferrum.errors",
     "ModelFileError": "ferrum.errors",
@@ -41,13 +42,16 @@ _HOME = {
     "DeviceError": "ferrum.errors",
     "OutOfMemory": "ferrum.errors",
     "OptionError": "ferrum.errors",
+    "ChatTemplateError": "ferrum.errors",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from ferrum.chat_template import ChatTemplate as ChatTemplate
     from ferrum.errors import (
         Cancelled as Cancelled,
+        ChatTemplateError as ChatTemplateError,
         ContextFull as ContextFull,
         DeviceError as DeviceError,
         EngineClosed as EngineClosed,

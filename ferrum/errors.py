@@ -53,3 +53,13 @@ class OutOfMemory(FerrumError, MemoryError):
 
 class OptionError(FerrumError, ValueError):
     """An option has a value it cannot have, or contradicts another."""
+
+
+class ChatTemplateError(FerrumError, ValueError):
+    """A chat template cannot be read, or refuses or fails on what it was given.
+
+    `reason` is the template's own message, `line` the line of the template (from 1), where they are known.
+    """
+
+    reason: str = ""
+    line: int | None = None
