@@ -3,8 +3,8 @@
     from ferrum import LLM, SamplingParams
 
     with LLM() as llm:
-        for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64, seed=1)):
-            print(piece.text, end="", flush=True)
+        for output in llm.generate(["Once upon a time", "The little fox"], SamplingParams(max_tokens=64, seed=1)):
+            print(output.prompt + output.outputs[0].text)
 
 `import ferrum` loads nothing heavy: every name below is imported at first use.
 """
@@ -20,9 +20,15 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "ferrum.llm",
     "Stream": "ferrum.llm",
-    "Piece": "ferrum.llm",
-    "Completion": "ferrum.llm",
+    "Session": "ferrum.llm",
+    "RequestOutput": "ferrum.outputs",
+    "CompletionOutput": "ferrum.outputs",
+    "Logprob": "ferrum.outputs",
+    "Piece": "ferrum.outputs",
+    "Score": "ferrum.outputs",
     "SamplingParams": "ferrum.sampling",
+    "Plan": "ferrum.memory_plan",
+    "plan": "ferrum.memory_plan",
     "EngineOptions": "ferrum.options",
     "GGUFFile": "ferrum.gguf_file",
     "Tokenizer": "ferrum.tokenizer",
@@ -66,8 +72,16 @@ if TYPE_CHECKING:
         UnsupportedModelError as UnsupportedModelError,
     )
     from ferrum.gguf_file import GGUFFile as GGUFFile
-    from ferrum.llm import LLM as LLM, Completion as Completion, Piece as Piece, Stream as Stream
+    from ferrum.llm import LLM as LLM, Session as Session, Stream as Stream
     from ferrum.options import EngineOptions as EngineOptions
+    from ferrum.outputs import (
+        CompletionOutput as CompletionOutput,
+        Logprob as Logprob,
+        Piece as Piece,
+        RequestOutput as RequestOutput,
+        Score as Score,
+    )
+    from ferrum.memory_plan import Plan as Plan, plan as plan
     from ferrum.sampling import SamplingParams as SamplingParams
     from ferrum.tokenizer import IncrementalDetokenizer as IncrementalDetokenizer, Tokenizer as Tokenizer
     from ferrum_native._native import Engine as Engine

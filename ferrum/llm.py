@@ -5,123 +5,104 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import random
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ferrum.errors import (
-    Cancelled,
-    ContextFull,
-    DeviceError,
-    EngineClosed,
-    KVPoolExhausted,
-    ModelFileError,
-    UnknownSequence,
-)
+from ferrum.chat_template import ChatTemplate
+from ferrum.engine_loop import EngineLoop, Retained
+from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileError, OptionError
 from ferrum.gguf_file import GGUFFile
-from ferrum.options import resolve
-from ferrum.sampling import CandidateRow, SamplingParams, StopChecker, candidate_count, fresh_seed, full_row, sample
-from ferrum.tokenizer import IncrementalDetokenizer, Tokenizer
+from ferrum.options import available_memory, resolve
+from ferrum.outputs import CompletionOutput, Piece, RequestOutput, Score
+from ferrum.request import Request, Scoring
+from ferrum.sampler import Sampler
+from ferrum.sampling import SamplingParams
+from ferrum.tokenizer import Tokenizer
 from ferrum_native._native import Engine, plan
 
 logger = logging.getLogger("ferrum")
 logger.addHandler(logging.NullHandler())
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Progress = Callable[[int, int], None]
 
-
-class Piece(NamedTuple):
-    """A token as it comes, and the text that it settles: "" while a character or a possible stop string is open.
-
-    `token_id` is None for text that was held back until the end.
-    """
-
-    text: str
-    token_id: int | None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a completion; `seed` repeats it (None where nothing was drawn: temperature 0)."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds and tokens per second of a completion.
-
-    `load_s`: opening the model; `first_token_s`: from the call of `stream` to the first token; `prefill_s`: the
-    step that reads the prompt and gives the first token; `decode_s`: the steps of all further tokens.
-    """
-
-    load_s: float
-    first_token_s: float
-    prefill_s: float
-    decode_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished continuation.
-
-    `text` ends before a stop string; `token_ids` are all tokens generated, those of a stop string or the end of text
-    included. `finish_reason`: "stop" (end of text or stop string), "length" (max_tokens, or no room: `notice` says
-    so), "cancelled" (the stream was closed early, or the engine's step was), "error" (an exception ended it, and was
-    raised by the stream). `stop_reason`: the stop string, the id of a stop token other than the model's end of text,
-    else None. `prompt` is None where token ids were given.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    notice: str | None
-    usage: Usage
-    timings: Timings
+# Smaller files are read as they are used: nobody would see them come.
+_WORTH_READING_AHEAD = 256 << 20  # bytes
 
 
 class Stream:
-    """A running generation: iterate it for Pieces; afterwards `completion` holds the whole.
+    """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
 
-    Close it (or leave its `with` block, or drop it) to end early: the sequence is released, where a step is running by
-    the next one, and `completion` holds what was generated. One thread at a time may iterate a stream.
+    The text goes on only while somebody waits for its next piece. Close the stream (or leave its `with` block, or drop it) to end early:
+    its KV cache is released, where a step is running by the next one, and `output` holds what was generated. One
+    thread at a time may iterate a stream.
     """
 
-    def __init__(self, pieces: Generator[Piece, None, None], progress: _Progress):
-        self._pieces = pieces
-        self._progress = progress
-        self.prompt_token_ids: list[int] = progress.prompt_token_ids
+    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None):
+        self._loop = loop
+        self._request = request
+        self._session = session
+        self._submitted = False
+        self._raised = False
+        self.prompt_token_ids: list[int] = request.prompt_token_ids
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        request = self._request
+        assert request.stream is not None
+        if not request.stream and not request.finished:
+            self._wait()
+        if request.stream:
+            return request.stream.popleft()
+        if request.error is not None and not self._raised:
+            self._raised = True
+            raise request.error
+        raise StopIteration
 
     @property
-    def completion(self) -> Completion:
+    def output(self) -> RequestOutput:
         """The result, once the stream has ended or was closed; RuntimeError before."""
-        return self._progress.completion()
+        if not self._request.finished:
+            raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its output.")
+        return self._request.output()
+
+    @property
+    def completion(self) -> CompletionOutput:
+        """The text of `output`."""
+        return self.output.outputs[0]
+
+    @property
+    def prompt_tokens_read(self) -> int:
+        """How many tokens of the prompt are in the KV cache; any thread may ask."""
+        return min(self._request.texts[0].sequence.computed, len(self.prompt_token_ids))
 
     def close(self) -> None:
-        self._pieces.close()
-        self._progress.finish()  # a generator that never started has not done so
+        request = self._request
+        if request.stream is not None:
+            request.stream.clear()
+        if not request.finished:
+            request.cancel()
+            if self._submitted:
+                self._loop.drop(request)
+
+    def _wait(self) -> None:
+        request = self._request
+        self._loop.check_process()
+        if not self._submitted:
+            self._submitted = True
+            self._loop.submit(request, self._session)
+        request.set_active(True)
+        try:
+            self._loop.drive(lambda: bool(request.stream) or request.finished)
+        finally:
+            request.set_active(False)
 
     def __enter__(self) -> Stream:
         return self
@@ -129,13 +110,62 @@ class Stream:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "prompt_token_ids"):
+            self.close()
+
+
+class Session:
+    """A text that goes on turn by turn and keeps its KV cache, made by `LLM.session`.
+
+    A prompt is always the whole text so far. As far as its tokens are those of the turn before (prompt and reply), they
+    are not computed again. Between turns others may take the memory; then the next turn computes everything, with the same result.
+    """
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+        self._retained = Retained()
+        self._stream: Stream | None = None
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that are in the KV cache now."""
+        sequence = self._retained.sequence
+        return 0 if sequence is None else sequence.computed
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """As `LLM.stream`; RuntimeError while the stream of the turn before has not ended."""
+        if self._stream is not None and not self._stream._request.finished:
+            raise RuntimeError("The session's last stream has not ended. Iterate it to its end, or close it, before the next turn.")
+        params = SamplingParams() if sampling_params is None else sampling_params
+        text = prompt if isinstance(prompt, str) else None
+        self._stream = self._llm._stream(text, self._llm._checked(prompt, params), params, self._retained)
+        return self._stream
+
+    def close(self) -> None:
+        """Give the KV cache back."""
+        if self._stream is not None:
+            self._stream.close()
+        self._llm._loop.drop(self._retained)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stream"):
+            self.close()
+
 
 class LLM:
     """A model in memory: its file, tokenizer and engine.
 
     `model`: path of a GGUF file (any shard of a split one); None: FERRUM_MODEL, else the demo model of this package.
     Options of None come from FERRUM_<OPTION>, else their default: see `ferrum.options.EngineOptions`, which gives
-    units and allowed values, and `options` for what is in force. Any thread may call; steps wait for each other. A
+    units and allowed values, and `options` for what is in force. `progress` is called with bytes done and bytes in all while
+    the weights of a large file are read from disk. Any thread may call; prompts of all threads run together. A
     process made by fork() cannot use its parent's LLM: RuntimeError.
 
     Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
@@ -148,15 +178,18 @@ class LLM:
         device: str | None = None,
         threads: int | None = None,
         kv_tokens: int | None = None,
+        memory_budget: int | str | None = None,
         kv_type: str | None = None,
         activations: str | None = None,
         max_sequences: int | None = None,
         prefill_chunk: int | None = None,
         max_logit_rows: int | None = None,
+        profile: bool | None = None,
+        progress: Progress | None = None,
     ):
         started = perf_counter()
-        given = dict(device=device, threads=threads, kv_tokens=kv_tokens, kv_type=kv_type, activations=activations,
-                     max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows)
+        given = dict(device=device, threads=threads, kv_tokens=kv_tokens, memory_budget=memory_budget, kv_type=kv_type, activations=activations,
+                     max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows, profile=profile)
         self.model, options, self.sources = resolve(model, given)
         self.file = GGUFFile.open(self.model)
         planned = plan(self.file, **options.arguments())  # refuses what cannot run before anything is taken
@@ -167,13 +200,13 @@ class LLM:
             raise ModelFileError(f"{self.model}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding table "
                                  f"{vocab_size} rows. Convert the model anew.")
         self._unused_ids = (*self.tokenizer.unused_ids, *range(self.tokenizer.vocab_size, vocab_size))
-        self._usable_tokens = vocab_size - len(self._unused_ids)
+        self._vocab_size = vocab_size
         self.engine = Engine(self.file, unused_tokens=self._unused_ids, **options.arguments())
+        self._context = self.engine.config["context_length"]
+        sampler = Sampler(self.engine, self.tokenizer, self._unused_ids, vocab_size - len(self._unused_ids))
+        self._loop = EngineLoop(self.engine, sampler)
+        self._read_ahead(planned, progress)
         self.load_s = perf_counter() - started
-        self._sequences = count()
-        self._process = os.getpid()
-        self._lock = threading.Lock()  # a step and the reading of its logits belong together
-        self._ended: deque[int] = deque()  # sequences to release; see _release
         logger.info("model %s loaded in %.2f s", self.model, self.load_s)
         for name, value in self.options.items():
             logger.info("option %s = %s (%s)", name, value, self.sources.get(name, "default"))
@@ -183,27 +216,108 @@ class LLM:
         """Every option in force, with its value."""
         return self.engine.options
 
-    def stream(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> Stream:
-        """Continue a text (control tokens in it are recognised) or token ids, piece by piece.
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The file's chat template; UnsupportedModelError if it has none."""
+        return ChatTemplate.from_tokenizer(self.tokenizer)
 
-        Raises at once: ValueError for an empty prompt, TypeError for ids that are not whole numbers, ContextFull or
-        KVPoolExhausted for a prompt that is too long, EngineClosed. A sequence that runs out of room later ends with
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Continue prompts, all together; the outputs are in the order of the prompts.
+
+        A prompt is a text (control tokens in it are recognised) or token ids; one may be given without a list.
+        `sampling_params`: for all prompts, or one each. Each text is the one that it would be alone.
+
+        Raises before anything runs: ValueError for an empty prompt or params that do not fit, TypeError for prompts
+        that are neither text nor whole numbers, ContextFull or KVPoolExhausted for one that is too long, EngineClosed.
+        DeviceError and other errors while running end the call; nothing of it is left behind.
+        """
+        prompts = _several(prompts)
+        params = _params_for(prompts, sampling_params)
+        checked = [self._checked(prompt, each) for prompt, each in zip(prompts, params)]
+        return self._run([prompt if isinstance(prompt, str) else None for prompt in prompts], checked, params)
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        texts = [self.render_chat(conversation, **template_options) for conversation in conversations]
+        params = _params_for(texts, sampling_params)
+        checked = [self._checked(self._encode_rendered(text), each) for text, each in zip(texts, params)]
+        return self._run(texts, checked, params)
+
+    def render_chat(self, messages: Sequence[Message], *, chat_template: str | None = None, **template_options: Any) -> str:
+        """The text of a conversation by the file's chat template, or by the Jinja source `chat_template`.
+
+        A message has `role` and `content`. Options are those of `ChatTemplate.render`: `tools`, `add_generation_prompt`,
+        `continue_final_message`, and variables of the template such as `enable_thinking`. Errors as there.
+        """
+        template = self.chat_template if chat_template is None else ChatTemplate(chat_template, **self.chat_template.special_tokens)
+        return template.render(list(messages), **template_options)
+
+    def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
+        """The token ids of `render_chat`: a prompt for `generate`, `stream` and `Session.stream`."""
+        return self._encode_rendered(self.render_chat(messages, **template_options))
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """Continue a prompt piece by piece, with n = 1.
+
+        Raises at once what `generate` does before anything runs. A text that runs out of room later ends with
         finish_reason "length" and a notice.
         """
-        started = perf_counter()
         params = SamplingParams() if sampling_params is None else sampling_params
-        self._check_process()
-        if self.engine.closed:
-            raise EngineClosed("The model was closed. Load it again to generate.")
-        self._release_ended()
-        ids = self._prompt_ids(prompt, params)
-        greedy = params.temperature == 0
-        seed = None if greedy else fresh_seed() if params.seed is None else params.seed
-        progress = _Progress(prompt if isinstance(prompt, str) else None, ids, seed, self.load_s, started)
-        logger.debug("prompt token ids: %s", ids)
-        if seed is not None:
-            logger.info("seed %d", seed)
-        return Stream(self._generate(params, progress), progress)
+        return self._stream(prompt if isinstance(prompt, str) else None, self._checked(prompt, params), params)
+
+    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any) -> Stream:
+        """Answer a conversation piece by piece: as `stream` for the prompt that `chat_prompt` makes of it."""
+        params = SamplingParams() if sampling_params is None else sampling_params
+        text = self.render_chat(messages, **template_options)
+        return self._stream(text, self._checked(self._encode_rendered(text), params), params)
+
+    def session(self) -> Session:
+        """A text that goes on turn by turn and keeps its KV cache."""
+        return Session(self)
+
+    def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
+        """How likely each continuation is after the prompt, which is read once.
+
+        Texts of continuations are encoded on their own: give token ids where a token shall span the seam. The logits
+        of max_logit_rows tokens are held at a time. Errors as of `generate`.
+        """
+        if isinstance(continuations, str):
+            raise TypeError("continuations is one text: give a list of them.")
+        params = SamplingParams(max_tokens=1)
+        ids = self._checked(prompt, params)
+        parts: list[tuple[str | None, list[int]]] = []
+        for continuation in continuations:
+            text = continuation if isinstance(continuation, str) else None
+            part = self.tokenizer.encode(text, add_bos=False) if text is not None else _checked_ids(continuation)
+            if not part:
+                raise ValueError("A continuation is empty: there is nothing to score.")
+            self._check_ids(part, "a continuation")
+            self._check_length(len(ids) + len(part) - 1, f"with a continuation {len(ids) + len(part)}", params)
+            parts.append((text, part))
+        if not parts:
+            return []
+        scoring = Scoring(ids, parts)
+        for _ in self._loop.run([scoring]):
+            pass
+        return scoring.output()
+
+    def tokenize(self, text: str, *, parse_special: bool = True, add_bos: bool | None = None) -> list[int]:
+        """The token ids of a text; see `Tokenizer.encode`."""
+        return self.tokenizer.encode(text, parse_special=parse_special, add_bos=add_bos)
+
+    def detokenize(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids; see `Tokenizer.decode`."""
+        return self.tokenizer.decode(token_ids, skip_special=skip_special)
+
+    def profile(self) -> dict[str, Any] | None:
+        """What the engine's ops took so far, if the option `profile` is on: see `Engine.profile`."""
+        return self.engine.profile()
 
     def close(self) -> None:
         """Give the model's memory back. Streams that have not ended raise EngineClosed when they are continued."""
@@ -215,14 +329,50 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_process(self) -> None:
-        """Before the lock is taken: a thread of the parent may have held it when fork() copied it."""
-        if os.getpid() != self._process:
-            raise RuntimeError("This LLM was made in another process, and its threads did not come along with fork(). "
-                               "Make a new LLM in this process.")
+    def _read_ahead(self, planned: dict[str, Any], progress: Progress | None) -> None:
+        """Read the weights of a large file that is not in memory, in order: faster than page by page as they are used."""
+        nbytes = planned["weights_bytes"]
+        room = available_memory()
+        if nbytes >= _WORTH_READING_AHEAD and (room is None or planned["total_bytes"] <= room) and self.engine.resident_fraction() < 0.9:
+            self.engine.populate(progress)
 
-    def _prompt_ids(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        """The ids of a prompt that has room; text that is far too long is refused before the cost of encoding it."""
+    def _stream(self, text: str | None, ids: list[int], params: SamplingParams, session: Retained | None = None) -> Stream:
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}, but a stream gives one text. Use generate, or open several streams.")
+        return Stream(self._loop, self._request(text, ids, params, streamed=True), session)
+
+    def _run(self, texts: Sequence[str | None], prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        order: list[str] = []
+
+        def requests() -> Iterator[Request]:
+            for text, ids, each in zip(texts, prompts, params):
+                request = self._request(text, ids, each)
+                order.append(request.id)
+                yield request
+
+        for request in self._loop.run(requests()):
+            output = request.output()
+            outputs[output.request_id] = output
+        return [outputs[id] for id in order]
+
+    def _request(self, text: str | None, ids: list[int], params: SamplingParams, *, streamed: bool = False) -> Request:
+        request = Request(text, ids, params, self.tokenizer, load_s=self.load_s, streamed=streamed)
+        logger.debug("request %s: prompt token ids: %s", request.id, ids)
+        if not params.greedy:
+            logger.info("request %s: seed %d", request.id, request.seed)
+        return request
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        """A rendered template has its own beginning-of-text token, if any."""
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The ids of a prompt that can run with these params; text that is far too long is refused before the cost of encoding it."""
+        self._loop.check_process()
+        if self.engine.closed:
+            raise EngineClosed("The model was closed. Load it again to generate.")
+        self._loop.settle()
         if isinstance(prompt, str):
             fewest = self.tokenizer.fewest_tokens(prompt)
             self._check_length(fewest, f"at least {fewest}", params)
@@ -231,12 +381,31 @@ class LLM:
             ids = _checked_ids(prompt)
         if not ids:
             raise ValueError("The prompt is empty. Give at least one token to continue.")
+        self._check_ids(ids, "the prompt")
         self._check_length(len(ids), str(len(ids)), params)
+        self._check_params(params)
         return ids
 
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        for id in (min(ids), max(ids)):
+            if not 0 <= id < self._vocab_size:
+                raise ValueError(f"token id {id} of {what} is not in the vocabulary (0..{self._vocab_size - 1}). Pass ids of this model.")
+
+    def _check_params(self, params: SamplingParams) -> None:
+        """Refuse ids outside the vocabulary, and params that leave no token to draw."""
+        for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+            if ids := tuple(getattr(params, name)):
+                self._check_ids(ids, name)
+        if not params.allowed_token_ids and not params.banned_token_ids:
+            return
+        taken = {*params.banned_token_ids, *self._unused_ids}
+        if params.min_tokens:
+            taken.update(params.stop_token_ids, () if params.ignore_eos else self.tokenizer.stop_ids)
+        if not set(params.allowed_token_ids or range(self._vocab_size)) - taken:
+            raise OptionError("allowed_token_ids, banned_token_ids and min_tokens leave no token that could be drawn. Allow more.")
+
     def _check_length(self, tokens: int, shown: str, params: SamplingParams) -> None:
-        context = self.engine.config["context_length"]
-        capacity = self.engine.kv_capacity
+        context, capacity = self._context, self.engine.kv_capacity
         if tokens > context:
             raise ContextFull(f"The prompt has {shown} tokens, the model's context holds {context}. Shorten the prompt.")
         if tokens > capacity:
@@ -244,171 +413,25 @@ class LLM:
             raise KVPoolExhausted(f"The prompt has {shown} tokens, the KV cache holds {capacity}. "
                                   f"Shorten the prompt or raise kv_tokens (--kv-tokens {wanted}).")
 
-    def _generate(self, params: SamplingParams, progress: _Progress) -> Generator[Piece, None, None]:
-        """One piece per token, and one for text held back at the end; the sequence is released on every way out."""
-        sequence = next(self._sequences)
-        uniform = random.Random(progress.seed).random
-        detokenizer = IncrementalDetokenizer(self.tokenizer)
-        checker = StopChecker(params.stop)
-        try:
-            token = self._first_token(sequence, params, uniform, progress)
-            while True:
-                progress.token_ids.append(token)
-                ended = token in self.tokenizer.stop_ids
-                text = "" if ended else checker.push(detokenizer.push(token))
-                progress.texts.append(text)
-                if ended:
-                    progress.end("stop", None if token == self.tokenizer.eos_id else token)
-                elif checker.matched is not None:
-                    progress.end("stop", checker.matched)
-                elif len(progress.token_ids) == params.max_tokens:
-                    progress.end("length")
-                yield Piece(text, token)
-                if progress.finish_reason is not None:
-                    break
-                following = self._next_token(sequence, token, params, uniform, progress)
-                if following is None:
-                    break
-                token = following
-            if rest := self._rest(detokenizer, checker, progress):
-                yield Piece(rest, None)
-        except Cancelled:
-            raise
-        except Exception:
-            progress.end("error")
-            raise
-        finally:
-            self._rest(detokenizer, checker, progress)
-            progress.finish()
-            self._ended.append(sequence)
-            self._release_ended()
 
-    def _release_ended(self) -> None:
-        """Release the sequences of ended streams, unless the engine is busy: then the next step does it.
-
-        Never waits: the garbage collector may end a stream on a thread that is inside a step and holds the lock.
-        """
-        if self._process == os.getpid() and self._lock.acquire(blocking=False):
-            try:
-                self._release_ended_locked()
-            finally:
-                self._lock.release()
-
-    def _release_ended_locked(self) -> None:
-        while self._ended:
-            try:
-                with suppress(UnknownSequence, EngineClosed):
-                    self.engine.release(self._ended[0])
-            except RuntimeError:  # this thread is inside a call of the engine
-                return
-            self._ended.popleft()
-
-    def _first_token(self, sequence: int, params: SamplingParams, uniform, progress: _Progress) -> int:
-        started = perf_counter()
-        self._check_process()
-        with self._lock:
-            self._release_ended_locked()
-            logits = self.engine.prefill(sequence, progress.prompt_token_ids)
-            token = self._draw(logits, params, uniform())
-        ended = perf_counter()
-        progress.prefill_s, progress.first_token_s = ended - started, ended - progress.started
-        return token
-
-    def _next_token(self, sequence: int, token: int, params: SamplingParams, uniform, progress: _Progress) -> int | None:
-        """The token after `token`, or None where there is no room to continue."""
-        started = perf_counter()
-        self._check_process()
-        try:
-            with self._lock:
-                self._release_ended_locked()
-                token = self._draw(self.engine.decode(sequence, token), params, uniform())
-        except ContextFull:
-            context = self.engine.config["context_length"]
-            progress.end("length", notice=f"The model's context of {context} tokens is full.")
-            return None
-        except KVPoolExhausted:
-            capacity = self.engine.kv_capacity
-            progress.end("length", notice=f"The KV cache of {capacity} tokens is full. Raise kv_tokens (--kv-tokens) to go on.")
-            return None
-        progress.decode_s += perf_counter() - started
-        return token
-
-    def _draw(self, logits: Any, params: SamplingParams, u: float) -> int:
-        """A token from the last step's only row of logits."""
-        temperatures = [params.temperature] if params.temperature else None
-        candidates = self.engine.candidates(min(candidate_count(params), self._usable_tokens), temperatures=temperatures)
-        if not np.isfinite(candidates.log_sum_exp[0]):
-            raise DeviceError("The model's logits are not finite: its weights or its device are faulty.")
-        ids = candidates.ids[0]
-        row = CandidateRow(ids, candidates.logits[0], self._usable_tokens - len(ids),
-                           float(candidates.log_sum_exp_at_temperature[0]))
-        token = sample(row, params, u)
-        if token is None:
-            token = sample(full_row(np.asarray(logits), self._unused_ids), params, u)
-        assert token is not None  # a full row decides every draw
-        return token
-
-    @staticmethod
-    def _rest(detokenizer: IncrementalDetokenizer, checker: StopChecker, progress: _Progress) -> str:
-        """Text still held back; added to the completion, once."""
-        rest = checker.push(detokenizer.flush()) + checker.flush()
-        progress.texts.append(rest)
-        return rest
+def _several(prompts: Any) -> list[Any]:
+    """A list of prompts; a single one is a text or whole numbers."""
+    if isinstance(prompts, (str, bytes, bytearray, memoryview)) or not isinstance(prompts, Iterable):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and hasattr(prompts[0], "__index__") else prompts
 
 
-@dataclass
-class _Progress:
-    """What a stream has made so far. Stream and generator share it, so that dropping the stream ends the generator."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    seed: int | None
-    load_s: float
-    started: float
-    token_ids: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    notice: str | None = None
-    finished: bool = False
-    first_token_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-    def end(self, reason: FinishReason, stop_reason: str | int | None = None, notice: str | None = None) -> None:
-        """Note why the stream ends; the first reason stands."""
-        if self.finish_reason is None:
-            self.finish_reason, self.stop_reason, self.notice = reason, stop_reason, notice
-            if notice:
-                logger.info("%s", notice)
-
-    def finish(self) -> None:
-        """Nothing more comes; without an end noted before, it was cancelled."""
-        self.end("cancelled")
-        self.finished = True
-
-    def completion(self) -> Completion:
-        if not self.finished or self.finish_reason is None:
-            raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its completion.")
-        prompt_tokens, tokens = len(self.prompt_token_ids), len(self.token_ids)
-        return Completion(
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            text="".join(self.texts),
-            token_ids=self.token_ids,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            notice=self.notice,
-            usage=Usage(prompt_tokens, tokens, prompt_tokens + tokens, self.seed),
-            timings=Timings(
-                load_s=self.load_s,
-                first_token_s=self.first_token_s,
-                prefill_s=self.prefill_s,
-                decode_s=self.decode_s,
-                prefill_tokens_per_s=_rate(prompt_tokens, self.prefill_s),
-                decode_tokens_per_s=_rate(tokens - 1, self.decode_s),
-            ),
-        )
+def _params_for(prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    """Params for each prompt."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * len(prompts)
+    params = list(params)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts were given {len(params)} sampling_params. Give one for all, or one each.")
+    return params
 
 
 def _checked_ids(prompt: Any) -> list[int]:
@@ -424,10 +447,6 @@ def _checked_ids(prompt: Any) -> list[int]:
         if isinstance(id, (bool, np.bool_)) or not hasattr(id, "__index__"):
             raise TypeError(f"The prompt has the token id {repr(id)[:40]}. {advice}")
     return [operator.index(id) for id in given]
-
-
-def _rate(tokens: int, seconds: float) -> float:
-    return tokens / seconds if tokens > 0 and seconds > 0 else 0.0
 
 
 def _log_plan(planned: dict[str, Any]) -> None:

@@ -1,16 +1,22 @@
-"""How the next token is chosen from logits, and how stop strings end a text: pure functions and small values.
+"""How the next token is chosen from logits: the parameters of a request, and the rule as pure functions.
 
-The rule, over the full distribution, in float64:
+The rule, over the full distribution. Edits are made in float32, everything after them is float64:
 
-1. Tokens stand in order of falling logit, ties by rising id. Unused entries of the vocabulary take no part.
-2. temperature: a token weighs exp((logit - largest logit) / temperature). Temperature 0 takes the first token.
-3. top-k: the first k tokens stay.
-4. top-p: of those, the shortest beginning stays whose weight is at least p times the weight of all of them.
-5. min-p: of those, tokens stay that weigh at least p times the first one.
-6. With u uniform in [0, 1): the first token whose running sum of weights exceeds u times their whole weight.
+1. Edits. The logits of tokens in the prompt or the text are divided by the repetition penalty where positive, else
+   multiplied; tokens of the text lose the presence penalty and the frequency penalty for each time; the logit bias is
+   added. Banned tokens, and where some are allowed all others, are taken out, as are the tokens that would end the
+   text before min_tokens.
+2. Tokens stand in order of falling logit, ties by rising id. Unused entries of the vocabulary take no part.
+3. temperature: a token weighs exp((logit - largest logit) / temperature). Temperature 0 takes the first token.
+4. top-k: the first k tokens stay.
+5. top-p: of those, the shortest beginning stays whose weight is at least p times the weight of all of them.
+6. min-p: of those, tokens stay that weigh at least p times the first one.
+7. typical-p (Meister et al., "Locally Typical Sampling"): of those, the fewest tokens stay whose surprise is nearest to the
+   entropy of them all and whose weight is at least p times the weight of them all.
+8. With u uniform in [0, 1): the first token whose running sum of weights exceeds u times their whole weight.
 
-That is the order of transformers (temperature, top-k, top-p, min-p). vLLM applies min-p before top-k and top-p;
-llama.cpp's usual chain applies the temperature last.
+That is the order of transformers (penalties, temperature, top-k, top-p, min-p, typical-p). vLLM applies min-p before
+top-k and top-p; llama.cpp's usual chain applies the temperature last. Penalties count the tokens that vLLM's do.
 """
 
 from __future__ import annotations
@@ -20,27 +26,38 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ferrum.errors import DeviceError
+from ferrum.errors import DeviceError, OptionError
 from ferrum.options import check_settings, setting
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Rows = npt.NDArray[np.float64]  # [R] or [R, n]
+
 # The engine's log-sum-exp may be off by this share of the sum (it adds float32 exponentials on some devices).
 SUM_TOLERANCE = 1e-5
 SUM_ROUNDING = 1e-10  # of a running float64 sum over any vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued. Raises OptionError that names the field, its value and what is allowed.
 
-    The same seed gives the same text, whatever runs beside it; None draws a fresh seed, reported in `Usage.seed`.
+    The same seed gives the same text, whatever runs beside it; None draws a fresh seed, reported in the output. Sample
+    i of `n` draws with seed + i. Log-probabilities are those of the model, before edits and temperature.
     """
 
+    n: int = setting(
+        1, int, "texts to sample for a prompt, which is read once", unit="samples", minimum=1, maximum=4096,
+        flag="--num-samples",
+    )
     max_tokens: int = setting(
         256, int, "most tokens to generate", unit="tokens", minimum=1, maximum=1 << 31, short_flag="-n"
+    )
+    min_tokens: int = setting(
+        0, int, "tokens before the text may end: until then no token that ends it is drawn and stop strings do not count",
+        unit="tokens", minimum=0, maximum=1 << 31,
     )
     temperature: float = setting(
         0.7, float, "0 takes the likeliest token each time; higher is more varied", minimum=0.0, maximum=1000.0,
@@ -55,6 +72,33 @@ class SamplingParams:
         0.0, float, "drop tokens below P times the likeliest one's probability; 0: off",
         minimum=0.0, maximum=1.0, metavar="P",
     )
+    typical_p: float = setting(
+        1.0, float, "draw from the tokens of the most expected surprise that together have probability P; 1: off",
+        above=0.0, maximum=1.0, metavar="P",
+    )
+    repetition_penalty: float = setting(
+        1.0, float, "above 1: make tokens of the prompt and the text less likely; 1: off", minimum=0.01, maximum=100.0,
+        metavar="X",
+    )
+    presence_penalty: float = setting(
+        0.0, float, "take X from the logits of tokens that are in the text; 0: off", minimum=-100.0, maximum=100.0, metavar="X"
+    )
+    frequency_penalty: float = setting(
+        0.0, float, "take X from the logit of a token for each time it is in the text; 0: off",
+        minimum=-100.0, maximum=100.0, metavar="X",
+    )
+    logit_bias: dict[int, float] = setting(
+        None, float, "add X to the logit of token ID; may be repeated", mapping=True, minimum=-1e9, maximum=1e9,
+        default_text="none", metavar="ID=X",
+    )
+    allowed_token_ids: tuple[int, ...] = setting(
+        (), int, "draw from these tokens only; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
+        default_text="all", metavar="ID", flag="--allowed-token-id",
+    )
+    banned_token_ids: tuple[int, ...] = setting(
+        (), int, "never draw this token; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
+        default_text="none", metavar="ID", flag="--banned-token-id",
+    )
     seed: int | None = setting(
         None, int, "repeat a text: the same seed draws the same tokens", minimum=0, maximum=(1 << 64) - 1,
         default_text="a fresh one", metavar="S",
@@ -62,194 +106,264 @@ class SamplingParams:
     stop: tuple[str, ...] = setting(
         (), str, "end before this text appears; may be repeated", sequence=True, default_text="none", metavar="TEXT"
     )
+    stop_token_ids: tuple[int, ...] = setting(
+        (), int, "end at this token too; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
+        default_text="none", metavar="ID", flag="--stop-token-id",
+    )
+    ignore_eos: bool = setting(False, bool, "go on where the model ends its text")
+    logprobs: int | None = setting(
+        None, int, "give the log-probability of each token, and of the N likeliest in its place", unit="tokens",
+        minimum=0, maximum=1024, default_text="none",
+    )
+    prompt_logprobs: int | None = setting(
+        None, int, "the same for the tokens of the prompt", unit="tokens", minimum=0, maximum=1024, default_text="none"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.min_tokens > self.max_tokens:
+            raise OptionError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}. Lower it, or raise max_tokens.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
 
 
 def fresh_seed() -> int:
     return random.SystemRandom().getrandbits(32)
 
 
-class CandidateRow(NamedTuple):
-    """The largest logits of one row, in the rule's order, and what is known of the others.
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
 
-    ids int [n]; logits float [n]; `others`: tokens of the vocabulary that are not in the row; `log_sum_exp` of all
-    logits / temperature, which engines take as float32 (not read where `others` is 0 or the temperature is 0).
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The u of a text's token number `position`, in [0, 1): a pure function, so that a draw can be made again.
+
+    SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", 2014) at that place of the
+    sequence that the scrambled seed starts.
+    """
+    return (_mix((_mix((seed + _GAMMA) & _MASK) + (position + 1) * _GAMMA) & _MASK) >> 11) * 2.0**-53
+
+
+class CandidateRows(NamedTuple):
+    """The largest logits of R rows, in the rule's order, and what is known of the others.
+
+    ids int [R, n]; logits float [R, n]; `others`: tokens of the vocabulary that are not in a row; `log_sum_exp` [R] of
+    all logits / temperature, which engines take as float32 (not read where `others` is 0 or the temperature is 0).
     """
 
     ids: npt.NDArray[np.integer]
     logits: npt.NDArray[np.floating]
     others: int
-    log_sum_exp: float
+    log_sum_exp: npt.NDArray[np.float64]
+
+
+class DrawRules(NamedTuple):
+    """What the rule needs of the params of R rows, float64 [R] each. Temperature 0 is top-k 1 at temperature 1."""
+
+    temperature: Rows
+    top_k: Rows  # inf: off
+    top_p: Rows
+    min_p: Rows
+    typical_p: Rows
+
+
+def draw_rule(params: SamplingParams) -> tuple[float, float, float, float, float]:
+    """A row of `draw_rules`."""
+    if params.greedy:
+        return 1.0, 1.0, 1.0, 0.0, 1.0
+    return params.temperature, params.top_k or float("inf"), params.top_p, params.min_p, params.typical_p
+
+
+def draw_rules(rows: list[tuple[float, float, float, float, float]]) -> DrawRules:
+    import numpy as np
+
+    return DrawRules(*np.array(rows, dtype=np.float64).T)
 
 
 def candidate_count(params: SamplingParams) -> int:
     """How many candidates to ask the engine for: enough for nearly every draw."""
-    if params.temperature == 0:
+    if params.greedy:
         return 1
     return params.top_k if 0 < params.top_k <= 256 else 64
 
 
-def full_row(logits: npt.NDArray[np.float32], unused_ids: Collection[int] = ()) -> CandidateRow:
+def full_row(logits: npt.NDArray[np.float32], unused_ids: Collection[int] = ()) -> CandidateRows:
     """Every token of a row of logits [vocab_size] as candidates; `unused_ids` are left out."""
     import numpy as np
 
     order = np.argsort(-logits, kind="stable")
-    if unused_ids:
-        order = order[~np.isin(order, np.fromiter(unused_ids, dtype=np.int64))]
-    return CandidateRow(order, logits[order], 0, 0.0)
+    if len(unused_ids):
+        order = order[~np.isin(order, np.fromiter(unused_ids, np.int64, len(unused_ids)))]
+    return CandidateRows(order[None], logits[order][None], 0, np.zeros(1))
 
 
-def sample(row: CandidateRow, params: SamplingParams, u: float) -> int | None:
-    """The token that the rule draws with `u`, or None where these candidates do not decide it: then ask for the full row.
+def sample(rows: CandidateRows, params: SamplingParams, u: float) -> int | None:
+    """The token that the rule draws from a single row with `u`, or None where its candidates do not decide it."""
+    import numpy as np
 
-    Filters keep a beginning of the order, so what is unknown is only how long it is and what it weighs: both are
-    kept as intervals, and a token is returned only if every value inside them gives the same one.
+    index = int(draw(rows, draw_rules([draw_rule(params)]), np.array([u]))[0])
+    return None if index < 0 else int(rows.ids[0, index])
+
+
+def draw(rows: CandidateRows, rules: DrawRules, u: Rows) -> npt.NDArray[np.intp]:
+    """The index of the candidate that the rule draws in each row with u [R], or -1 where the candidates do not decide
+    it: then ask for the full row.
+
+    Every filter before typical-p keeps a beginning of the order, so what is unknown is only how long it is and what it
+    weighs: both are kept as intervals, and a token is returned only if every value inside them gives the same one.
+    Raises DeviceError where logits are not finite.
     """
     import numpy as np
 
-    largest = float(row.logits[0])
-    if not np.isfinite(largest) or np.isnan(row.logits[-1]):  # NaN sorts last
+    logits = rows.logits.astype(np.float64)
+    largest = logits[:, :1]
+    if not np.isfinite(largest).all() or np.isnan(logits[:, -1]).any():  # NaN sorts last
         raise DeviceError("The model's logits are not finite: its weights or its device are faulty.")
-    if params.temperature == 0:
-        return int(row.ids[0])
     with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((row.logits.astype(np.float64) - largest) / params.temperature)
-    sums = np.cumsum(weights)
-    kept = _Kept(weights, sums, *_total(row, params.temperature, weights, sums))
-    if params.top_k:
-        kept.first(params.top_k)
-    if params.top_p < 1:
-        kept.nucleus(params.top_p)
-    if params.min_p:
-        kept.at_least(params.min_p)
+        weights = np.exp((logits - largest) / rules.temperature[:, None])
+    sums = weights.cumsum(axis=1)
+    kept = _Kept(weights, sums, rows.others, *_total(rows, rules.temperature, weights, sums))
+    if np.isfinite(rules.top_k).any():
+        kept.first(rules.top_k)
+    if (rules.top_p < 1).any():
+        kept.nucleus(rules.top_p)
+    if rules.min_p.any():
+        kept.at_least(rules.min_p)
     index = kept.draw(u)
-    return None if index is None else int(row.ids[index])
+    for row in (rules.typical_p < 1).nonzero()[0]:
+        index[row] = kept.draw_typical(row, rules.typical_p[row], u[row])
+    return index
 
 
-def _total(row: CandidateRow, temperature: float, weights, sums) -> tuple[int, float, float]:
-    """Tokens in all, and the least and most that they weigh together."""
+def _total(rows: CandidateRows, temperature: Rows, weights: Rows, sums: Rows) -> tuple[Rows, Rows]:
+    """The least and the most that all tokens of each row weigh together."""
     import numpy as np
 
-    known = float(sums[-1])
-    if not row.others:
-        return len(weights), known, known
-    most = _most(weights, sums, row.others)
+    known = sums[:, -1]
+    if not rows.others:
+        return known.copy(), known.copy()
+    most = _most(weights, sums, rows.others)
     with np.errstate(all="ignore"):
-        log_sum_exp = np.float64(row.log_sum_exp)
-        claimed = float(np.exp(log_sum_exp - np.float64(row.logits[0]) / np.float64(np.float32(temperature))))
-        slack = SUM_TOLERANCE + 4 * float(np.spacing(abs(log_sum_exp)))
-    low, high = known, most
-    if np.isfinite(claimed) and np.isfinite(slack):
-        low = min(max(known, claimed * (1 - slack)), most)
-        high = min(max(low, claimed * (1 + slack)), most)
-    return len(weights) + row.others, low, high
+        log_sum_exp = rows.log_sum_exp.astype(np.float64)
+        claimed = np.exp(log_sum_exp - rows.logits[:, 0] / temperature.astype(np.float32).astype(np.float64))
+        slack = SUM_TOLERANCE + 4 * np.spacing(np.abs(log_sum_exp))
+        low, high = claimed * (1 - slack), claimed * (1 + slack)
+    believed = np.isfinite(high) & np.isfinite(slack)
+    low = np.where(believed, np.minimum(np.maximum(known, low), most), known)
+    return low, np.where(believed, np.minimum(np.maximum(low, high), most), most)
 
 
-def _most(weights, sums, others: int) -> float:
+def _most(weights: Rows, sums: Rows, others: int | Rows) -> Rows:
     """The most that the candidates and `others` tokens after them weigh together, rounding of a running sum included."""
-    if not weights[-1]:
-        return float(sums[-1])
-    return float(sums[-1] + others * weights[-1]) * (1 + SUM_ROUNDING)
+    last = weights[:, -1]
+    return sums[:, -1] + (last > 0) * (others * last + (sums[:, -1] + others * last) * SUM_ROUNDING)
 
 
 class _Kept:
-    """The beginning of the order that is kept: between `shortest` and `longest` tokens, which weigh `low` to `high`."""
+    """The beginning of each row's order that is kept: between `shortest` and `longest` tokens, which weigh `low` to `high`."""
 
-    def __init__(self, weights, sums, count: int, low: float, high: float):
+    def __init__(self, weights: Rows, sums: Rows, others: int, low: Rows, high: Rows):
+        import numpy as np
+
+        rows, self.count = sums.shape
         self.weights = weights
         self.sums = sums
-        self.shortest = self.longest = count
+        self.others = others
+        self.shortest = np.full(rows, self.count + others)
+        self.longest = self.shortest.copy()
         self.low = low
         self.high = high
 
-    def first(self, count: int) -> None:
+    def first(self, count: Rows) -> None:
         """Keep at most `count` tokens."""
+        import numpy as np
+
+        count = np.minimum(count, self.count + self.others).astype(np.intp)
         self._cut(count, count)
 
-    def nucleus(self, p: float) -> None:
-        """Keep the shortest beginning that weighs at least p of what is kept."""
+    def nucleus(self, p: Rows) -> None:
+        """Keep the shortest beginning that weighs at least p of what is kept; p = 1 keeps all."""
+        import numpy as np
+
         least, most = p * self.low, p * self.high
-        shortest = int(self.sums.searchsorted(least)) + 1
-        longest = int(self.sums.searchsorted(most)) + 1
-        self._cut(shortest, longest if longest <= len(self.sums) else self.longest)
-        if self.low < self.high:  # the last token of the nucleus reaches past p by less than its own weight
-            last = float(self.weights[min(shortest, len(self.weights)) - 1])
-            self.high = min(self.high, most + last)
-            self.low = min(max(self.low, least), self.high)
+        shortest = (self.sums < least[:, None]).sum(axis=1) + 1
+        longest = (self.sums < most[:, None]).sum(axis=1) + 1
+        longest = np.where(longest <= self.count, longest, self.longest)
+        off = p >= 1
+        self._cut(np.where(off, self.shortest, shortest), np.where(off, self.longest, longest))
+        # The last token of the nucleus reaches past p by less than its own weight.
+        uncertain = ~off & (self.low < self.high)
+        if uncertain.any():
+            high = np.minimum(self.high, most + self._at(self.weights, shortest))
+            self.high = np.where(uncertain, high, self.high)
+            self.low = np.where(uncertain, np.minimum(np.maximum(self.low, least), high), self.low)
 
-    def at_least(self, p: float) -> None:
-        """Keep tokens that weigh at least p times the first one, whose weight is 1."""
-        count = int((self.weights >= p).sum())
-        self._cut(count, count if count < len(self.weights) else self.longest)
+    def at_least(self, p: Rows) -> None:
+        """Keep tokens that weigh at least p times the first one, whose weight is 1; p = 0 keeps all."""
+        import numpy as np
 
-    def draw(self, u: float) -> int | None:
-        """The index of the token at u, or None if it is not certain."""
-        index = int(self.sums.searchsorted(u * self.low, side="right"))
-        if index != int(self.sums.searchsorted(u * self.high, side="right")):
-            return None
-        if index < min(self.shortest, len(self.sums)):
-            return index
-        if not self.shortest == self.longest <= len(self.sums):
-            return None
-        # u times the sum may round up to the sum itself: the last kept token that weighs anything.
-        return int(self.weights[: self.shortest].nonzero()[0][-1])
+        count = (self.weights >= p[:, None]).sum(axis=1)
+        off = p <= 0
+        self._cut(np.where(off, self.shortest, count), np.where(off | (count == self.count), self.longest, count))
 
-    def _cut(self, shortest: int, longest: int) -> None:
+    def draw(self, u: Rows) -> npt.NDArray[np.intp]:
+        """The index of the token at u in each row, or -1 if it is not certain."""
+        import numpy as np
+
+        index = (self.sums <= (u * self.low)[:, None]).sum(axis=1)
+        index[index != (self.sums <= (u * self.high)[:, None]).sum(axis=1)] = -1
+        for row in (index >= np.minimum(self.shortest, self.count)).nonzero()[0]:
+            # u times the sum may round up to the sum itself: the last kept token that weighs anything.
+            index[row] = self.weights[row, : self.shortest[row]].nonzero()[0][-1] if self._known(row) else -1
+        return index
+
+    def draw_typical(self, row: int, p: float, u: float) -> int:
+        """The index of the token at u among the typical ones of what is kept in a row, or -1 if it is not certain."""
+        import numpy as np
+
+        if not self._known(row):
+            return -1
+        weights = self.weights[row, : self.shortest[row]]
+        weights = weights[weights > 0]
+        probabilities = weights / weights.sum()
+        surprise = -np.log(probabilities)
+        order = np.argsort(np.abs(surprise - (probabilities * surprise).sum()), kind="stable")
+        count = int(probabilities[order].cumsum().searchsorted(p)) + 1
+        typical = np.sort(order[:count])
+        sums = weights[typical].cumsum()
+        return int(typical[min(int(sums.searchsorted(u * sums[-1], side="right")), len(typical) - 1)])
+
+    def _known(self, row: int) -> bool:
+        """Whether exactly the kept tokens are known, all of them candidates."""
+        return bool(self.shortest[row] == self.longest[row] <= self.count)
+
+    def _at(self, values: Rows, count: npt.NDArray[np.intp]) -> Rows:
+        """The value of each row's candidate number `count` from 1, or of the last candidate."""
+        import numpy as np
+
+        return values[np.arange(len(values)), np.minimum(count, self.count) - 1]
+
+    def _cut(self, shortest: npt.NDArray[np.intp], longest: npt.NDArray[np.intp]) -> None:
         """Keep no more than a number of tokens that lies between two bounds."""
-        if longest >= self.longest and shortest >= self.shortest:
+        import numpy as np
+
+        cut = (longest < self.longest) | (shortest < self.shortest)
+        if not cut.any():
             return
-        self.shortest = min(self.shortest, shortest)
-        self.longest = min(self.longest, longest)
-        count = len(self.sums)
-        if self.longest <= count:
-            self.high = float(self.sums[self.longest - 1])
-        else:
-            self.high = min(self.high, _most(self.weights, self.sums, self.longest - count))
-        if self.shortest == self.longest <= count:
-            self.low = self.high
-        else:
-            self.low = min(self.low, float(self.sums[min(self.shortest, count) - 1]))
-
-
-class StopChecker:
-    """Cuts streamed text before the first stop string that is complete; where pieces are split makes no difference.
-
-    Text that may be the start of a stop string is held back until it is decided. Of stop strings that are complete
-    at the same character, the longest counts.
-    """
-
-    def __init__(self, stop: Collection[str]):
-        self._stop = tuple(stop)
-        self._held = ""
-        self.matched: str | None = None
-
-    def push(self, text: str) -> str:
-        """Take a piece; returns what may be shown. After a match, `matched` is the stop string and nothing more comes."""
-        if self.matched is not None:
-            return ""
-        if not self._stop:
-            return text
-        text = self._held + text
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
-            _, start, self.matched = min(found)
-            self._held = ""
-            return text[:start]
-        keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[keep:]
-        return text[:keep]
-
-    def flush(self) -> str:
-        """The text held back, once no more follows."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest start of `stop`, short of the whole, that `text` ends with."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        self.shortest = np.minimum(self.shortest, shortest)
+        self.longest = np.minimum(self.longest, longest)
+        inside = self.longest <= self.count
+        beyond = np.minimum(self.high, _most(self.weights, self.sums, np.maximum(self.longest - self.count, 0)))
+        high = np.where(inside, self._at(self.sums, self.longest), beyond)
+        exact = inside & (self.shortest == self.longest)
+        low = np.where(exact, high, np.minimum(self.low, self._at(self.sums, self.shortest)))
+        self.high = np.where(cut, high, self.high)
+        self.low = np.where(cut, low, self.low)

@@ -51,11 +51,15 @@ def plan(
     """
 
 class Chunk(NamedTuple):
-    """One sequence's part of a step: `tokens` are appended; logits are wanted of the "last" one, of "all" or of "none"."""
+    """One sequence's part of a step: `tokens` are appended; logits are wanted of the "last" one, of "all" or of "none".
+
+    `start`: how many tokens the caller believes the sequence has (0: it is new); ValueError or UnknownSequence where it has not.
+    """
 
     sequence: int
     tokens: Sequence[int]
     logits: Literal["last", "all", "none"] = "last"
+    start: int | None = None
 
 class Edit(NamedTuple):
     """A change of one logit before candidates are chosen: logit' = (logit > 0 ? logit / penalty : logit * penalty) + bias."""

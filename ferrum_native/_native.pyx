@@ -40,7 +40,7 @@ for _kind, _class in (
 ):
     set_error_class(<int>_kind, _class)
 
-Chunk = namedtuple("Chunk", "sequence tokens logits", defaults=("last",))
+Chunk = namedtuple("Chunk", "sequence tokens logits start", defaults=("last", None))
 Edit = namedtuple("Edit", "row token penalty bias", defaults=(1.0, 0.0))
 Candidates = namedtuple("Candidates", "ids logits log_sum_exp log_sum_exp_at_temperature target_logits")
 
@@ -136,6 +136,13 @@ cdef int fill_temperatures(object temperatures, vector[float]& out) except -1:
             PyBuffer_Release(&view)
     for temperature in temperatures:
         out.push_back(temperature)
+    return 0
+
+
+cdef int check_start(NativeEngine* native, int64_t sequence, int64_t start) except -1:
+    cdef int64_t length = native.pool().at(sequence).length if native.pool().live(sequence) else 0
+    if length != start:
+        raise ValueError(f"sequence {sequence} has {length} tokens, not the {start} that its chunk starts after.")
     return 0
 
 
@@ -472,11 +479,13 @@ cdef class Engine:
         cdef vector[int32_t] ids
         cdef vector[size_t] ends
         cdef vector[NativeChunk] native_chunks
+        cdef vector[int64_t] starts
         cdef NativeChunk chunk
         cdef NativeEngine* native
         cdef size_t i, first = 0
         for given in chunks:
-            sequence, tokens, logits = given if len(given) == 3 else Chunk(*given)
+            sequence, tokens, logits, start = given if len(given) == 4 else Chunk(*given)
+            starts.push_back(-1 if start is None else sequence_id(start))
             fill_tokens(tokens, ids)
             chunk.sequence = sequence_id(sequence)
             chunk.logits = logits_wanted(logits)
@@ -487,9 +496,11 @@ cdef class Engine:
             first = ends[i]
         with self.lock:
             native = self.open()
-            if must_live:
-                for i in range(native_chunks.size()):
+            for i in range(native_chunks.size()):
+                if must_live or starts[i] > 0:
                     native.pool().at(native_chunks[i].sequence)
+                if starts[i] >= 0:
+                    check_start(native, native_chunks[i].sequence, starts[i])
             with nogil:
                 native.step(chunk_span(native_chunks.data(), native_chunks.size()))
             return self.logits_of_step(native, single)

@@ -1,10 +1,10 @@
 """LLM: what a stream gives, why it ends, and that nothing is left behind."""
 
 import gc
-import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import tiny_models
 
 from ferrum import LLM, SamplingParams
 from ferrum.errors import ContextFull, DeviceError, EngineClosed, KVPoolExhausted, ModelFileError, OptionError, UnknownSequence
-from ferrum.sampling import full_row, sample
+from ferrum.sampling import full_row, sample, uniform
 from ferrum_native._native import Engine
 
 PROMPT = "Once upon a time"
@@ -38,6 +38,7 @@ def live_sequences(llm):
 
 
 def finish(stream):
+    """The stream's only text, with the request's usage and timings beside it."""
     pieces = list(stream)
     completion = stream.completion
     assert "".join(piece.text for piece in pieces) == completion.text
@@ -46,24 +47,27 @@ def finish(stream):
 
 
 def test_greedy_text_repeats_and_its_parts_agree(llm):
-    first, second = (finish(llm.stream(PROMPT, GREEDY)) for _ in range(2))
-    assert first.token_ids == second.token_ids
-    assert first.text == llm.tokenizer.decode(first.token_ids)
-    assert first.prompt == PROMPT
-    assert first.prompt_token_ids == llm.tokenizer.encode(PROMPT)
+    stream = llm.stream(PROMPT, GREEDY)
+    first, second = finish(stream), finish(llm.stream(PROMPT, GREEDY))
+    assert first == second
+    assert first.text == llm.detokenize(first.token_ids)
     assert (first.finish_reason, first.stop_reason, first.notice) == ("length", None, None)
-    assert first.usage.completion_tokens == len(first.token_ids) == 24
-    assert first.usage.total_tokens == len(first.prompt_token_ids) + 24
-    assert first.usage.seed is None
-    assert 0 < first.timings.prefill_s <= first.timings.first_token_s
-    assert first.timings.decode_tokens_per_s == pytest.approx(23 / first.timings.decode_s)
+    assert (first.seed, first.logprobs, first.cumulative_logprob) == (None, None, None)
+    output = stream.output
+    assert output.finished and output.outputs == [first]
+    assert output.prompt == PROMPT
+    assert output.prompt_token_ids == llm.tokenize(PROMPT)
+    assert output.usage.completion_tokens == len(first.token_ids) == 24
+    assert output.usage.total_tokens == len(output.prompt_token_ids) + 24
+    assert 0 < output.timings.prefill_s <= output.timings.first_token_s
+    assert output.timings.decode_tokens_per_s == pytest.approx(23 / output.timings.decode_s)
 
 
 def test_token_ids_are_a_prompt_too(llm):
     ids = llm.tokenizer.encode(PROMPT)
-    from_ids, from_text = finish(llm.stream(np.array(ids), GREEDY)), finish(llm.stream(PROMPT, GREEDY))
-    assert from_ids.token_ids == from_text.token_ids
-    assert from_ids.prompt is None
+    from_ids, from_text = llm.stream(np.array(ids), GREEDY), llm.stream(PROMPT, GREEDY)
+    assert finish(from_ids) == finish(from_text)
+    assert from_ids.output.prompt is None
 
 
 @pytest.mark.parametrize("params", [
@@ -72,12 +76,11 @@ def test_token_ids_are_a_prompt_too(llm):
     SamplingParams(seed=13, max_tokens=40, temperature=1.0, top_k=20, top_p=0.9, min_p=0.02),
 ])
 def test_sampled_text_is_the_rule_on_full_rows(llm, params):
-    uniform = random.Random(params.seed).random
     ids = []
     logits = llm.engine.prefill(1 << 20, llm.tokenizer.encode(PROMPT))
     while True:
         row = full_row(np.asarray(logits), llm.tokenizer.unused_ids)
-        ids.append(sample(row, params, uniform()))
+        ids.append(sample(row, params, uniform(params.seed, len(ids))))
         if len(ids) == params.max_tokens or ids[-1] in llm.tokenizer.stop_ids:
             break
         logits = llm.engine.decode(1 << 20, ids[-1])
@@ -98,7 +101,7 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(llm):
 
 def test_a_fresh_seed_is_reported_and_repeats_the_text(llm):
     drawn = finish(llm.stream(PROMPT, SamplingParams(temperature=1.5, max_tokens=12)))
-    again = finish(llm.stream(PROMPT, SamplingParams(temperature=1.5, max_tokens=12, seed=drawn.usage.seed)))
+    again = finish(llm.stream(PROMPT, SamplingParams(temperature=1.5, max_tokens=12, seed=drawn.seed)))
     assert again.token_ids == drawn.token_ids
 
 
@@ -176,11 +179,10 @@ def test_a_sequence_released_by_others_is_an_error_and_the_llm_stays_usable(llm)
     assert len(finish(llm.stream(PROMPT, GREEDY)).token_ids) == 24
 
 
-def test_a_device_error_ends_the_stream_with_error_and_the_text_so_far():
+def test_a_device_error_ends_the_stream_with_error_and_the_text_so_far(llm, monkeypatch):
+    text = finish(llm.stream(PROMPT, GREEDY)).text
+    monkeypatch.setattr("ferrum.llm.Engine", partial(Engine, fail_at=300))
     with LLM(threads=1, kv_tokens=64) as llm:
-        text = finish(llm.stream(PROMPT, GREEDY)).text
-        llm.engine.close()
-        llm.engine = Engine(llm.file, threads=1, kv_tokens=64, fail_at=300)
         stream = llm.stream(PROMPT, GREEDY)
         with pytest.raises(DeviceError, match="injected failure"):
             list(stream)
@@ -228,7 +230,7 @@ def test_a_forked_process_is_told_to_make_its_own_llm():
         with LLM(threads=1, kv_tokens=64) as llm:
             running = llm.stream("Once")
             next(running)
-            llm._lock.acquire()  # as if another thread were in a step
+            llm._loop._turn.acquire()  # as if another thread were in a step
             child = os.fork()
             if child == 0:
                 status = 0
@@ -240,7 +242,7 @@ def test_a_forked_process_is_told_to_make_its_own_llm():
                         status |= "made in another process" not in str(error)
                 os._exit(status)
             assert os.waitpid(child, 0)[1] == 0
-            llm._lock.release()
+            llm._loop._turn.release()
             list(running)
     """)
 
@@ -279,9 +281,10 @@ def test_a_vocabulary_of_unused_tokens_is_refused(tmp_path, monkeypatch):
 def test_a_full_kv_pool_ends_the_text_with_a_notice():
     with LLM(threads=1, kv_tokens=32) as llm:
         whole = llm.engine.kv_capacity
-        completion = finish(llm.stream(PROMPT, SamplingParams(temperature=0)))
+        stream = llm.stream(PROMPT, SamplingParams(temperature=0))
+        completion = finish(stream)
         assert completion.finish_reason == "length"
-        assert completion.usage.total_tokens == whole + 1  # the last token needs no room
+        assert stream.output.usage.total_tokens == whole + 1  # the last token needs no room
         assert completion.notice == f"The KV cache of {whole} tokens is full. Raise kv_tokens (--kv-tokens) to go on."
         assert live_sequences(llm) == 0
 

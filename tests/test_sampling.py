@@ -1,7 +1,6 @@
 """Sampling: candidates give what the rule gives on a full sort, and stop strings never show."""
 
 import math
-import random
 from itertools import accumulate
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from hypothesis import assume, example, given, settings, strategies as st
 
 from ferrum.errors import DeviceError, OptionError
-from ferrum.sampling import CandidateRow, SamplingParams, StopChecker, candidate_count, full_row, sample
+from ferrum.sampling import CandidateRows, SamplingParams, candidate_count, full_row, sample, uniform
+from ferrum.stopping import StopChecker
 
 LARGEST_U = 1 - 2**-53
 
@@ -37,10 +37,10 @@ def full_sort_rule(logits, params, u, unused=()):
 def candidates_of(logits, n, temperature, unused=(), log_sum_error=0.0):
     """What the engine gives: the n largest and the log-sum-exp, which may be off by a little."""
     row = full_row(logits, unused)
-    values = row.logits.astype(np.float64) / np.float64(np.float32(temperature or 1.0))
+    values = row.logits[0].astype(np.float64) / np.float64(np.float32(temperature or 1.0))
     log_sum_exp = values[0] + math.log(np.exp(values - values[0]).sum()) + log_sum_error
-    n = min(n, len(row.ids))
-    return CandidateRow(row.ids[:n], row.logits[:n], len(row.ids) - n, log_sum_exp)
+    n = min(n, len(values))
+    return CandidateRows(row.ids[:, :n], row.logits[:, :n], len(values) - n, np.array([log_sum_exp]))
 
 
 spread_logits = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=200)
@@ -92,7 +92,7 @@ def test_candidates_decide_nearly_every_draw(params):
         token = sample(row, params, u)
         undecided += token is None
         assert token in (None, full_sort_rule(logits, params, u))
-    tail = 1 - np.exp(row.logits.astype(float) / params.temperature - row.log_sum_exp).sum()
+    tail = 1 - np.exp(row.logits[0].astype(float) / params.temperature - row.log_sum_exp).sum()
     assert undecided <= 300 * max(0.02, 2 * tail)
 
 
@@ -112,17 +112,16 @@ def test_greedy_takes_the_lowest_id_of_equal_logits():
 def test_a_log_sum_exp_out_of_range_is_replaced_by_bounds():
     logits = np.array([5, 4, 3, 2, 1], dtype=np.float32)
     for temperature in (1e-300, 1e-320, 1e-12):
-        row = CandidateRow(np.arange(2), logits[:2], 3, math.nan)
+        row = CandidateRows(np.arange(2)[None], logits[None, :2], 3, np.array([math.nan]))
         assert sample(row, SamplingParams(temperature=temperature), 0.999) == 0
 
 
 def test_draws_follow_the_probabilities():
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1])).astype(np.float32)
     params = SamplingParams(temperature=1)
-    uniform = random.Random(1).random
     counts = np.zeros(4)
-    for _ in range(4000):
-        counts[sample(full_row(logits), params, uniform())] += 1
+    for position in range(4000):
+        counts[sample(full_row(logits), params, uniform(1, position))] += 1
     assert np.abs(counts / 4000 - [0.5, 0.25, 0.15, 0.1]).max() < 0.03
 
 

@@ -59,6 +59,13 @@ class Parser(argparse.ArgumentParser):
             message = f"{valued[1]} takes no value, but {valued[2]} was given"
         self.exit(2, f"error: {message[:1].upper()}{message[1:]}.\nMore: {self.prog} --help\n")
 
+    @staticmethod
+    def add_chat(group: argparse._ArgumentGroup) -> None:
+        """The flags about a conversation."""
+        group.add_argument("--chat", action="store_true", help="answer PROMPT as a message, through the model's chat template")
+        group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
+        group.add_argument("--no-think", action="store_true", help="with --chat: ask a thinking model to answer at once")
+
     def add_engine(self) -> None:
         """The flags about the model and the engine."""
         group = self.add_argument_group("model and engine")

@@ -1,35 +1,36 @@
-"""`generate`: continue one text, streaming it as it comes."""
+"""`generate`: continue one text or answer one message, streaming it as it comes."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
-from ferrum.cli.output import BOLD, DIM, json_line, note, program, styled
+from ferrum.cli.output import BOLD, DIM, ProgressLine, json_line, note, program, size, styled
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
 from ferrum.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from ferrum.llm import Completion, Stream
+    from ferrum.llm import LLM, Stream
+    from ferrum.outputs import CompletionOutput, RequestOutput
 
-_USAGE = "[PROMPT|-] [-m MODEL.gguf] [-n N] [options]"
+_USAGE = "[PROMPT|-] [--chat] [-m MODEL.gguf] [options]"
 _DESCRIPTION = """\
-Continue a text. The continuation streams to stdout, then one line of
-statistics goes to stderr.
+Continue a text, or with --chat answer a message. What is generated streams to
+stdout, then one line of statistics goes to stderr.
 
-On a terminal the prompt is shown first, in bold. In a pipe or a file stdout is
-exactly the continuation and one newline. Ctrl-C ends the text and keeps it.
-Exit code: 0, 1 error, 2 wrong usage, 130 ended by Ctrl-C, 141 the reader
-of a pipe went away."""
+On a terminal the text to continue is shown first, in bold. In a pipe or a file
+stdout is exactly the continuation and one newline. Ctrl-C ends the text and
+keeps it. Exit code: 0, 1 error, 2 wrong usage, 130 ended by Ctrl-C, 141 the
+reader of a pipe went away."""
 _EXAMPLES = """\
   {program} generate "Once upon a time"
   {program} generate "The little fox" -n 60 --temperature 0
+  {program} generate --chat "Tell me a story about a fox."
   {program} generate "Tom said:" --stop $'\\n' --seed 7
   cat story.txt | {program} generate --json | jq -r .text
   {program} generate "Hello" -m Qwen3-30B-A3B-Q4_K_M.gguf -n 40
@@ -43,35 +44,66 @@ def parser() -> Parser:
     text = parser.add_argument_group("text")
     text.add_argument("prompt", metavar="PROMPT", nargs="?", help="""the text to continue, UTF-8. "-" (or none, in a pipe)
         reads stdin to its end and drops one trailing newline. Control tokens such as <|im_start|> are recognised""")
+    parser.add_chat(text)
     add_settings(parser.add_argument_group("sampling"), SamplingParams)
     parser.add_engine()
     parser.add_output(
-        "print one line of JSON (ASCII) at the end in place of text and statistics",
+        "print one line of JSON (ASCII) a text at the end in place of text and statistics",
         verbose_help="tell on stderr what is loaded, planned and drawn",
     )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    given = given_settings(arguments, SamplingParams)
-    if "stop" in given:
-        given["stop"] = tuple(utf8(text, "--stop") for text in given["stop"])
-    params = SamplingParams(**given)
+    params = sampling_params(arguments)
     options = given_settings(arguments, EngineOptions)
+    _check(arguments, params)
     prompt = _read_prompt(arguments.prompt)
     if arguments.verbose:
         _log_to_stderr()
+    with load(arguments.model, options) as llm:
+        if params.n == 1:
+            stream = llm.stream_chat(_messages(arguments, prompt), params, **_template_variables(arguments)) if arguments.chat else llm.stream(prompt, params)
+            interrupted = _stream(stream, arguments, shown_prompt="" if arguments.chat else prompt)
+        else:
+            interrupted = False
+            outputs = llm.chat(_messages(arguments, prompt), params, **_template_variables(arguments)) if arguments.chat else llm.generate(prompt, params)
+            _show_all(outputs[0], arguments)
+        if not arguments.json:
+            _hint(llm, arguments)
+    return 130 if interrupted else 0
 
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    given = given_settings(arguments, SamplingParams)
+    if "stop" in given:
+        given["stop"] = tuple(utf8(text, "--stop") for text in given["stop"])
+    return SamplingParams(**given)
+
+
+def load(model: str | None, options: dict[str, Any]) -> LLM:
+    """The model, with a line of progress on a terminal while a large file is read."""
     from ferrum.llm import LLM
 
-    with LLM(arguments.model, **options) as llm, closing(llm.stream(prompt, params)) as stream:
-        interrupted = _consume(stream, prompt, silent=arguments.json)
-        completion = stream.completion
-    if arguments.json:
-        print(_json_line(completion))
-    else:
-        note(styled(_statistics(completion), DIM, sys.stderr))
-    return 130 if interrupted else 0
+    with ProgressLine() as line:
+        return LLM(model, **options, progress=lambda done, total: line.show(f"loading {done / total:.0%} of {size(total)}"))
+
+
+def _check(arguments: argparse.Namespace, params: SamplingParams) -> None:
+    for name in ("system", "no_think"):
+        if getattr(arguments, name) and not arguments.chat:
+            raise OptionError(f"--{name.replace('_', '-')} goes with --chat: without it the text is continued as it is.")
+    if not arguments.json and (params.logprobs is not None or params.prompt_logprobs is not None):
+        raise OptionError("--logprobs and --prompt-logprobs show in --json only. Add --json.")
+
+
+def _messages(arguments: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
+    system = [] if arguments.system is None else [{"role": "system", "content": utf8(arguments.system, "--system")}]
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _template_variables(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"enable_thinking": False} if arguments.no_think else {}
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -94,6 +126,18 @@ def _read_prompt(argument: str | None) -> str:
     return text
 
 
+def _stream(stream: Stream, arguments: argparse.Namespace, shown_prompt: str) -> bool:
+    """Show one text as it comes; whether Ctrl-C ended it."""
+    with stream:
+        interrupted = _consume(stream, shown_prompt, silent=arguments.json)
+        output = stream.output
+    if arguments.json:
+        print(_json_line(output, output.outputs[0]))
+    else:
+        note(styled(_statistics(output), DIM, sys.stderr))
+    return interrupted
+
+
 def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
     """Run the stream to its end, or to Ctrl-C, and show the text; whether it was Ctrl-C."""
     out = sys.stdout
@@ -103,11 +147,14 @@ def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
         out.write(styled(prompt, BOLD, out))
         out.flush()
     try:
-        for piece in stream:
+        with reading(stream):
+            first = next(stream, None)
+        while first is not None:
             if not silent:
-                out.write(piece.text)
+                out.write(first.text)
                 out.flush()
-                shown += len(piece.text)
+                shown += len(first.text)
+            first = next(stream, None)
     except KeyboardInterrupt:
         interrupted = True
         stream.close()
@@ -117,16 +164,41 @@ def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
     return interrupted
 
 
-def _statistics(completion: Completion) -> str:
-    usage, timings = completion.usage, completion.timings
-    decoded = max(usage.completion_tokens - 1, 0)  # the first token comes from the prefill
+def reading(stream: Stream) -> ProgressLine:
+    """A line of progress on a terminal while a long prompt is read."""
+    total = len(stream.prompt_token_ids)
+    return ProgressLine(lambda: f"reading the prompt: {stream.prompt_tokens_read} of {total} tokens")
+
+
+def _show_all(output: RequestOutput, arguments: argparse.Namespace) -> None:
+    """Several texts of one prompt, each under a line that tells them apart."""
+    for completion in output.outputs:
+        if arguments.json:
+            print(_json_line(output, completion))
+        else:
+            seed = "" if completion.seed is None else f", seed {completion.seed}"
+            print(styled(f"[{completion.index + 1} of {len(output.outputs)}{seed}]", DIM, sys.stdout))
+            print(completion.text)
+    if not arguments.json:
+        note(styled(_statistics(output), DIM, sys.stderr))
+
+
+def _hint(llm: LLM, arguments: argparse.Namespace) -> None:
+    if not arguments.chat and llm.tokenizer.chat_template:
+        note(styled("[this model has a chat template: --chat makes the prompt a message to answer]", DIM, sys.stderr))
+
+
+def _statistics(output: RequestOutput) -> str:
+    usage, timings, texts = output.usage, output.timings, output.outputs
+    decoded = max(usage.completion_tokens - len(texts), 0)  # the first token of each text comes from the prefill
     parts = [f"prefill {_tokens(usage.prompt_tokens)}"]
     if usage.completion_tokens:
         parts[0] += f" {_rate(timings.prefill_tokens_per_s)}"
         parts.append(f"decode {_tokens(decoded)}" + (f" {_rate(timings.decode_tokens_per_s)}" if decoded else ""))
         first = timings.first_token_s
         parts.append(f"first token {first * 1000:.0f} ms" if first < 1 else f"first token {first:.1f} s")
-    return f"[{', '.join(parts)}, {_ending(completion)}]"
+    parts.append(_ending(texts[0]) if len(texts) == 1 else f"{len(texts)} texts")
+    return f"[{', '.join(parts)}]"
 
 
 def _tokens(count: int) -> str:
@@ -137,22 +209,26 @@ def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.0f}/s" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}/s"
 
 
-def _ending(completion: Completion) -> str:
+def _ending(completion: CompletionOutput) -> str:
     """Why the text ended."""
     if completion.finish_reason == "cancelled":
         return "Ctrl-C"
     if completion.notice:
         return completion.notice.rstrip(".")
     if completion.finish_reason == "length":
-        return f"limit of {_tokens(completion.usage.completion_tokens)} (-n)"
+        return f"limit of {_tokens(len(completion.token_ids))} (-n)"
     if isinstance(completion.stop_reason, str):
         return f"stop string {completion.stop_reason!r}"
     return "end of text"
 
 
-def _json_line(completion: Completion) -> str:
-    """prompt, text, token_ids, finish_reason, stop_reason, notice, usage, timings."""
-    return json_line({name: value for name, value in asdict(completion).items() if name != "prompt_token_ids"})
+def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
+    """prompt, the fields of the completion, usage, timings; log-probabilities where asked for."""
+    fields = asdict(completion)
+    if completion.logprobs is None:
+        del fields["logprobs"], fields["cumulative_logprob"]
+    asked = {} if output.prompt_logprobs is None else {"prompt_logprobs": [place and {id: asdict(p) for id, p in place.items()} for place in output.prompt_logprobs]}
+    return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(output.usage), "timings": asdict(output.timings)})
 
 
 def _log_to_stderr() -> None:

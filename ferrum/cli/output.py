@@ -8,6 +8,9 @@ import math
 import os
 import re
 import sys
+import threading
+from collections.abc import Callable
+from time import monotonic
 from typing import Any, TextIO
 
 from ferrum.options import color_wanted
@@ -83,6 +86,54 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         pass
+
+
+class ProgressLine:
+    """A line on a terminal's stderr that is overwritten, and gone at the end of its `with` block; nothing elsewhere.
+
+    `text` is asked some times a second, from a thread of its own; without it, `show` is called. The line first appears after a
+    second, so that what is quick stays quiet.
+    """
+
+    _DELAY, _PERIOD = 1.0, 0.2  # seconds
+
+    def __init__(self, text: Callable[[], str] | None = None):
+        self._text = text
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._started = monotonic()
+        self._shown = 0
+
+    def show(self, text: str) -> None:
+        if monotonic() - self._started >= self._DELAY and sys.stderr.isatty():
+            self._write(f"[{text}]")
+
+    def __enter__(self) -> ProgressLine:
+        if self._text is not None and sys.stderr.isatty():
+            self._thread = threading.Thread(target=self._watch, args=(self._text,), daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._shown:
+            self._write("")
+
+    def _watch(self, text: Callable[[], str]) -> None:
+        wait = self._DELAY
+        while not self._done.wait(wait):
+            self._write(f"[{text()}]")
+            wait = self._PERIOD
+
+    def _write(self, line: str) -> None:
+        try:
+            sys.stderr.write("\r" + styled(line.ljust(self._shown), DIM, sys.stderr) + ("" if line else "\r"))
+            sys.stderr.flush()
+        except OSError:
+            pass
+        self._shown = len(line)
 
 
 def size(nbytes: int) -> str:

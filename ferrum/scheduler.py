@@ -1,0 +1,343 @@
+"""Which sequences take part in the next step, and with how many tokens: a state machine without a model.
+
+Sequences stand in order of priority (lower first), then of arrival. A step holds one new token of every running text and up to
+`prefill_chunk` prompt tokens. New sequences are admitted in order, once their prompts fit the free KV blocks: nobody
+overtakes, so nobody starves. Where a running sequence finds no free block, the last one in order that runs is put back
+whole: its blocks are released, and its tokens, prompt and text so far, are computed anew when its turn comes. The
+first in order can always go on, so every sequence ends.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+
+class Pool(Protocol):
+    """What the scheduler uses of an engine; all of it does what it says or raises and changes nothing."""
+
+    @property
+    def kv_blocks_free(self) -> int: ...
+    def new_id(self) -> int: ...
+    def fork(self, source: int, target: int) -> None: ...
+    def release(self, sequence: int) -> None: ...
+    def truncate(self, sequence: int, length: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of the engine: sequences, tokens, rows of logits, and tokens of a KV block; `max_waiting` bounds the queue."""
+
+    max_sequences: int
+    prefill_chunk: int
+    max_logit_rows: int
+    block_tokens: int = 16
+    max_waiting: int = 64
+
+
+class Sequence:
+    """Tokens that are computed in order.
+
+    The first `computed` of `tokens` are in the KV cache, and all but the last `excess` shall be. Logits are wanted of
+    positions from `wanted_from` on. A sequence that is not `active` keeps its place and its blocks until others need
+    them. `source`: a sequence whose tokens this one begins with, to be forked from.
+    """
+
+    __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "arrival", "engine_id", "source", "forks",
+                 "shared_tail", "owner")
+
+    def __init__(self, tokens: list[int], wanted_from: int, *, owner: Any = None, priority: int = 0, excess: int = 0,
+                 source: Sequence | None = None):
+        self.tokens = tokens
+        self.excess = excess
+        self.computed = 0
+        self.wanted_from = wanted_from
+        self.active = True
+        self.priority = priority
+        self.arrival = -1
+        self.engine_id: int | None = None  # while it holds KV blocks
+        self.source = source
+        self.forks = 0  # waiting sequences whose source this is
+        self.shared_tail = False  # its last block may be shared with a fork: the next write may need one block more
+        self.owner = owner
+
+    @property
+    def goal(self) -> int:
+        """Tokens that shall be computed."""
+        return len(self.tokens) - self.excess
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to compute."""
+        return len(self.tokens) - self.excess - self.computed
+
+    def append(self, token: int) -> None:
+        """Add the token that the last logits gave; its own are wanted next."""
+        self.tokens.append(token)
+        self.wanted_from = len(self.tokens) - 1
+
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+
+class Chunk(NamedTuple):
+    """A sequence's part of a step: `tokens` of it from `sequence.computed` on; logits of the last `rows` of them."""
+
+    sequence: Sequence
+    tokens: int
+    rows: int
+
+    @property
+    def logits(self) -> str:
+        """As `Engine.step` calls it; a chunk never wants some of several rows but the last."""
+        return "none" if self.rows == 0 else "last" if self.rows == 1 else "all"
+
+
+class Scheduler:
+    """The sequences of one engine. Only one thread at a time may call."""
+
+    def __init__(self, pool: Pool, limits: Limits):
+        self._pool = pool
+        self._limits = limits
+        self._running: list[Sequence] = []  # with KV blocks, in order
+        self._waiting: list[Sequence] = []  # without, in order
+        self._arrivals = count()
+        self.preemptions = 0
+
+    @property
+    def room(self) -> int:
+        """How many more sequences the queue takes."""
+        return self._limits.max_waiting - len(self._waiting)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. The caller keeps to `room`; forks of a sequence that runs may exceed it."""
+        sequence.arrival = next(self._arrivals)
+        if sequence.source is not None:
+            sequence.source.forks += 1
+        insort(self._waiting, sequence, key=Sequence.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it stands; its blocks go back."""
+        self._leave_source(sequence)
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif sequence in self._running:
+            self._release(sequence)
+        for fork in self._waiting:
+            if fork.source is sequence:
+                self._leave_source(fork)
+
+    def rewind(self, sequence: Sequence, tokens: list[int], length: int) -> None:
+        """Give an idle sequence other tokens, of which the first `length` may still be in the KV cache, and a new place in order."""
+        if sequence.engine_id is not None:
+            if length == 0:
+                self._release(sequence)
+            elif length < sequence.computed:
+                self._pool.truncate(sequence.engine_id, length)
+        sequence.tokens = tokens
+        if sequence.engine_id is None:
+            self.add(sequence)
+            return
+        sequence.computed = min(length, sequence.computed)
+        self._running.remove(sequence)
+        sequence.arrival = next(self._arrivals)
+        insort(self._running, sequence, key=Sequence.order)
+
+    def start_over(self, unfinished: Iterable[Sequence]) -> None:
+        """Everything has lost its place in the engine; the unfinished sequences wait to be computed anew, in their old order."""
+        unfinished = list(unfinished)
+        for sequence in {*self._running, *self._waiting, *unfinished}:
+            sequence.engine_id = sequence.source = None
+            sequence.computed = sequence.forks = 0
+            sequence.shared_tail = False
+        self._running.clear()
+        self._waiting.clear()
+        for sequence in unfinished:
+            if sequence.arrival < 0:
+                sequence.arrival = next(self._arrivals)
+            insort(self._waiting, sequence, key=Sequence.order)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step; preemptions and forks are done at once. Empty: no active sequence has anything to compute."""
+        chunks: list[Chunk] = []
+        room = _Room(self._pool.kv_blocks_free, self._limits.prefill_chunk, self._limits.max_logit_rows)
+        settled = True
+        for sequence in tuple(self._running):
+            if sequence.engine_id is None or not sequence.active or not sequence.pending:
+                continue  # put back a moment ago, or idle
+            settled &= self._continue(sequence, chunks, room)
+        while settled and room.prompt_tokens and room.rows and (sequence := self._next_waiting()):
+            settled = self._admit(sequence, chunks, room)
+        return chunks
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        """The step of these chunks was run."""
+        for sequence, tokens, _ in chunks:
+            sequence.computed += tokens
+            sequence.shared_tail = False
+
+    def _continue(self, sequence: Sequence, chunks: list[Chunk], room: _Room) -> bool:
+        """Plan a running sequence's next chunk, putting others back where it needs their blocks; False: it must wait."""
+        tokens, rows = self._chunk(sequence, room)
+        if not tokens:
+            return True
+        while self._blocks(sequence, tokens) > room.blocks:
+            victim = self._victim(sequence)
+            if victim is None:
+                if len(self._running) > 1:
+                    return False
+                break  # alone: the engine has the last word
+            free = self._pool.kv_blocks_free
+            self._put_back(victim)
+            room.blocks += self._pool.kv_blocks_free - free
+        self._plan(sequence, tokens, rows, chunks, room)
+        return True
+
+    def _admit(self, sequence: Sequence, chunks: list[Chunk], room: _Room) -> bool:
+        """Start a waiting sequence and plan its first chunk; False: it must wait."""
+        source = sequence.source
+        while len(self._running) >= self._limits.max_sequences:
+            idle = self._idle(but=source)
+            if idle is None:
+                break
+            self._put_back(idle)
+        slots = self._limits.max_sequences - len(self._running)
+        last_fork = source is not None and (source.forks == 1 or (slots <= 0 and not any(other.active for other in self._running)))
+        if slots <= 0 and not last_fork:
+            return False
+        while not self._fits(sequence):
+            idle = self._idle(but=source)
+            if idle is None:
+                if any(other.active for other in self._running):
+                    return False
+                break  # alone: the engine has the last word
+            self._put_back(idle)
+        self._waiting.remove(sequence)
+        self._start(sequence, take_over=last_fork)
+        tokens, rows = self._chunk(sequence, room)
+        self._plan(sequence, tokens, rows, chunks, room)
+        return True
+
+    def _start(self, sequence: Sequence, *, take_over: bool) -> None:
+        """Give a sequence its place in the engine: an empty one, a fork of its source's, or the source's own."""
+        source = sequence.source
+        if source is None:
+            sequence.engine_id = self._pool.new_id()
+        elif take_over:
+            sequence.engine_id, sequence.computed, sequence.shared_tail = source.engine_id, source.computed, source.shared_tail
+            self._running.remove(source)
+            source.engine_id, source.computed = None, 0
+            self._leave_source(sequence)
+            self._orphan(source)
+        else:
+            assert source.engine_id is not None
+            engine_id = self._pool.new_id()
+            self._pool.fork(source.engine_id, engine_id)
+            sequence.engine_id, sequence.computed = engine_id, source.computed
+            sequence.shared_tail = source.shared_tail = source.computed % self._limits.block_tokens != 0
+            self._leave_source(sequence)
+        insort(self._running, sequence, key=Sequence.order)
+
+    def _chunk(self, sequence: Sequence, room: _Room) -> tuple[int, int]:
+        """How many tokens a sequence can take in this step, and of how many of them it wants logits."""
+        pending = sequence.pending
+        if pending == 1:
+            rows = int(sequence.wanted_from < sequence.goal)
+            return (1, rows) if room.rows >= rows else (0, 0)
+        plain = min(sequence.wanted_from, sequence.goal) - sequence.computed  # tokens before the first row wanted
+        if plain == pending - 1 and pending <= room.prompt_tokens and room.rows:
+            return pending, 1
+        if plain > 0:
+            return min(plain, room.prompt_tokens), 0
+        others = sum(other.active and other.pending > 0 for other in self._running) - 1
+        tokens = min(pending, room.prompt_tokens, max(room.rows - others, min(room.rows, 1)))
+        return tokens, tokens
+
+    def _plan(self, sequence: Sequence, tokens: int, rows: int, chunks: list[Chunk], room: _Room) -> None:
+        chunks.append(Chunk(sequence, tokens, rows))
+        room.blocks -= self._blocks(sequence, tokens)
+        room.rows -= rows
+        if tokens > 1:
+            room.prompt_tokens -= tokens
+
+    def _blocks(self, sequence: Sequence, tokens: int) -> int:
+        """KV blocks that the next `tokens` of a sequence may need."""
+        size = self._limits.block_tokens
+        return -(-(sequence.computed + tokens) // size) - -(-sequence.computed // size) + sequence.shared_tail
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a new sequence's tokens fit beside what the running ones still need: their prompts, and a block each to grow."""
+        size = self._limits.block_tokens
+        start = sequence.source.computed if sequence.source is not None else 0
+        need = -(-sequence.goal // size) - -(-start // size) + (start % size != 0)
+        planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.active)
+        return need + planned <= self._pool.kv_blocks_free
+
+    def _next_waiting(self) -> Sequence | None:
+        return next((sequence for sequence in self._waiting if sequence.active), None)
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """The sequence to put back so that `sequence` can go on: an idle one, else the last in order behind it."""
+        idle = self._idle(but=sequence)
+        if idle is not None:
+            return idle
+        last = self._running[-1]
+        return last if last.order() > sequence.order() else None
+
+    def _idle(self, but: Sequence | None) -> Sequence | None:
+        """The last in order that only keeps blocks; one that forks wait for only where there is no other."""
+        idle = [other for other in self._running if other is not but and not (other.active and other.pending)]
+        return max(idle, key=lambda other: (not other.forks, other.order()), default=None)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Release a running sequence's blocks. If it has anything to compute, it waits in its old place in order."""
+        unfinished = sequence.pending > 0
+        self._release(sequence)
+        self.preemptions += 1
+        self._orphan(sequence)
+        if unfinished:
+            insort(self._waiting, sequence, key=Sequence.order)
+
+    def _orphan(self, source: Sequence) -> None:
+        """A source is gone: those that waited to fork from it compute their own beginning."""
+        for fork in self._waiting:
+            if fork.source is source:
+                fork.source = None
+        source.forks = 0
+
+    def _leave_source(self, sequence: Sequence) -> None:
+        """A sequence no longer waits for its source, which goes once nobody does."""
+        source, sequence.source = sequence.source, None
+        if source is None:
+            return
+        source.forks -= 1
+        if source.forks == 0 and source.engine_id is not None:
+            self._release(source)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.engine_id is not None
+        self._pool.release(sequence.engine_id)
+        self._running.remove(sequence)
+        sequence.engine_id = None
+        sequence.computed = 0
+        sequence.shared_tail = False
+
+
+@dataclass
+class _Room:
+    """What a step that is being planned has left of KV blocks, prompt tokens and rows of logits."""
+
+    blocks: int
+    prompt_tokens: int
+    rows: int
