@@ -114,7 +114,8 @@ cdef int fill_edits(object edits, vector[LogitEdit]& out) except -1:
         first = <const LogitEdit*>values_of(edits)
         out.assign(first, first + <size_t>edits.size)
         return 0
-    for row, token, penalty, bias in [Edit(*edit) for edit in edits]:
+    for edit in edits:
+        row, token, penalty, bias = edit if len(edit) == 4 else Edit(*edit)
         native_edit.row, native_edit.token = PyNumber_Index(row), PyNumber_Index(token)
         native_edit.penalty, native_edit.bias = penalty, bias
         out.push_back(native_edit)
