@@ -1,6 +1,6 @@
 """The native core of ferrum: an engine that owns the model's weights, the KV pool and the threads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -160,7 +160,13 @@ class Engine:
     def reset(self) -> None: ...
     def reserve(self, sequence: int, tokens: int) -> None:
         """Hold KV blocks so that the sequence can grow by `tokens` without KVPoolExhausted."""
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> None:
+        """`populate`, then one prompt and one token, which count nowhere."""
+    def populate(self, progress: Callable[[int, int], object] | None = None) -> None:
+        """Bring the weights into memory, in file order and pieces of 64 MiB; `progress(bytes_done, bytes_total)` is called after each. Ctrl-C
+        ends it, and other calls, also of `progress`, come in between two pieces."""
+    def resident_fraction(self) -> float:
+        """Share of the mapped weights that is in the page cache, from a sample; 1.0 where the system does not say."""
     def cancel(self) -> None: ...
     def length(self, sequence: int) -> int:
         """Tokens of a live sequence."""

@@ -9,6 +9,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyNumber_Index
 from cython.operator cimport dereference
@@ -46,6 +47,8 @@ Candidates = namedtuple("Candidates", "ids logits log_sum_exp log_sum_exp_at_tem
 
 # A token type of GGUF: an entry that only pads the vocabulary.
 cdef int UNUSED_TOKEN = 5
+# What `populate` brings in before it looks at signals.
+cdef uint64_t POPULATE_BYTES = 64 << 20
 
 
 cdef string utf8(text):
@@ -596,10 +599,37 @@ cdef class Engine:
     def warm_up(self):
         """Bring the weights into memory and run the shapes that will be used, so that the first request is as fast as the second."""
         cdef NativeEngine* native
+        self.populate()
         with self.lock:
             native = self.open()
             with nogil:
                 native.warm_up()
+
+    def populate(self, progress=None):
+        """Bring the weights into memory in file order, piece by piece; `progress(bytes_done, bytes_total)` is called after each."""
+        cdef NativeEngine* native
+        cdef uint64_t done = 0, total = 1, piece = 0
+        while done < total:
+            with self.lock:  # for one piece: other threads, and `progress`, may use the engine in between
+                native = self.open()
+                total = native.weights().mapped_bytes()
+                piece = min(POPULATE_BYTES, total - done)
+                with nogil:
+                    native.weights().populate(done, piece)
+            done += piece
+            PyErr_CheckSignals()
+            if progress is not None:
+                progress(done, total)
+
+    def resident_fraction(self):
+        """Share of the mapped weights that is in the page cache, from a sample; 1.0 where the system does not say."""
+        cdef NativeEngine* native
+        cdef double fraction
+        with self.lock:
+            native = self.open()
+            with nogil:
+                fraction = native.weights().resident_fraction()
+            return fraction
 
     def cancel(self):
         """End a prefill that another thread is running, at its next chunk; it raises Cancelled there."""

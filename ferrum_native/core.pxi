@@ -147,6 +147,12 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         int total_blocks()
         int free_blocks()
 
+cdef extern from "core/weights.h" namespace "ferrum" nogil:
+    cdef cppclass Weights:
+        uint64_t mapped_bytes()
+        void populate(uint64_t, uint64_t)
+        double resident_fraction()
+
 cdef extern from "core/plan.h" namespace "ferrum" nogil:
     cdef cppclass EngineOptions:
         int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
@@ -193,3 +199,4 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         const NativeKvPool& pool()
         string device()
         const EngineStats& stats()
+        const Weights& weights()

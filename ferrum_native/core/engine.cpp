@@ -234,7 +234,6 @@ void Engine::poison_freed() {
 }
 
 void Engine::warm_up() {
-  model_->populate();
   int64_t sequence = std::numeric_limits<int64_t>::min();
   while (pool_.live(sequence)) ++sequence;
   const int room = std::min({plan_.options.prefill_chunk, plan_.context - 1, pool_.free_blocks() * kv_block_tokens - 1});

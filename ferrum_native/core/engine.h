@@ -56,7 +56,7 @@ class Engine {
   void truncate(int64_t sequence, int length);
   void reset();
   void reserve(int64_t sequence, int tokens);
-  /// Runs the shapes that will be used, and gives every block back.
+  /// Runs the shapes that will be used, and gives every block back; counts nowhere.
   void warm_up();
 
   const ModelShape& shape() const { return model_->shape(); }
@@ -65,6 +65,7 @@ class Engine {
   const KvPool& pool() const { return pool_; }
   std::string device() const { return backend_->name(); }
   const EngineStats& stats() const { return stats_; }
+  const Weights& weights() const { return model_->weights(); }
 
  private:
   void check(std::span<const Chunk> chunks) const;

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -34,10 +35,40 @@ MappedFile::~MappedFile() {
   if (data_) munmap(const_cast<std::byte*>(data_), bytes_);
 }
 
-void MappedFile::populate() const {
+namespace {
+
+uint64_t page_bytes() { return static_cast<uint64_t>(sysconf(_SC_PAGESIZE)); }
+
+}  // namespace
+
+void MappedFile::populate(uint64_t offset, uint64_t bytes) const {
+  const uint64_t page = page_bytes(), first = offset / page * page;
+  auto* start = const_cast<std::byte*>(data_ + first);
+  const uint64_t size = offset + bytes - first;
 #if defined(__linux__)
-  constexpr int populate_read = 22;  // MADV_POPULATE_READ, Linux 5.14; older kernels refuse it and pages come at first use
-  madvise(const_cast<std::byte*>(data_), bytes_, populate_read);
+  constexpr int populate_read = 22;  // MADV_POPULATE_READ, Linux 5.14
+  if (madvise(start, size, populate_read) == 0 || errno != EINVAL) return;  // other errors are of the file: touching it would end in SIGBUS
+#endif
+  madvise(start, size, MADV_WILLNEED);
+  for (uint64_t at = 0; at < size; at += page) static_cast<void>(*static_cast<const volatile std::byte*>(start + at));
+}
+
+double MappedFile::resident_bytes() const {
+#if defined(__linux__)
+  constexpr uint64_t window_pages = 16, most_windows = 2048;  // a few milliseconds for a file of any size, and all of one up to 128 MiB
+  const uint64_t page = page_bytes(), pages = (bytes_ + page - 1) / page;
+  const uint64_t windows = std::min(most_windows, (pages + window_pages - 1) / window_pages);
+  uint64_t asked = 0, resident = 0;
+  for (uint64_t i = 0; i < windows; ++i) {
+    unsigned char here[window_pages];
+    const uint64_t first = pages * i / windows, count = std::min(window_pages, pages * (i + 1) / windows - first);
+    if (mincore(const_cast<std::byte*>(data_ + first * page), count * page, here) != 0) return static_cast<double>(bytes_);
+    asked += count;
+    for (uint64_t p = 0; p < count; ++p) resident += here[p] & 1;
+  }
+  return static_cast<double>(bytes_) * static_cast<double>(resident) / static_cast<double>(asked);
+#else
+  return static_cast<double>(bytes_);
 #endif
 }
 
@@ -86,8 +117,25 @@ void Weights::map() {
   }
 }
 
-void Weights::populate() const {
-  for (const auto& file : files_) file->populate();
+uint64_t Weights::mapped_bytes() const {
+  uint64_t bytes = 0;
+  for (const auto& file : files_) bytes += file->bytes();
+  return bytes;
+}
+
+void Weights::populate(uint64_t offset, uint64_t bytes) const {
+  uint64_t start = 0;
+  for (const auto& file : files_) {
+    const uint64_t from = std::max(offset, start), to = std::min(offset + bytes, start + file->bytes());
+    if (from < to) file->populate(from - start, to - from);
+    start += file->bytes();
+  }
+}
+
+double Weights::resident_fraction() const {
+  double resident = 0;
+  for (const auto& file : files_) resident += file->resident_bytes();
+  return resident / static_cast<double>(mapped_bytes());
 }
 
 WeightTensor Weights::vector(const std::string& name, int size) {

@@ -19,8 +19,10 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
   const std::byte* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
-  /// Brings the pages that the page cache holds into this process now instead of at their first use.
-  void populate() const;
+  /// Brings a range into memory and into this process's page tables, instead of at its first use.
+  void populate(uint64_t offset, uint64_t bytes) const;
+  /// Bytes that are in the page cache, as a sample of the file says; all of them where the system does not say.
+  double resident_bytes() const;
 
  private:
   const std::byte* data_ = nullptr;
@@ -34,7 +36,10 @@ class Weights {
   /// Refuses every tensor type that ferrum does not compute with, by name, count and example. Maps nothing yet.
   explicit Weights(ModelDescription description);
   void map();
-  void populate() const;
+  /// The mapped files, one after the other.
+  uint64_t mapped_bytes() const;
+  void populate(uint64_t offset, uint64_t bytes) const;  // a range of them
+  double resident_fraction() const;
 
   bool has(const std::string& name) const { return description_.tensors.count(name) != 0; }
   WeightTensor matrix(const std::string& name, int rows, int cols) { return take(name, {rows, cols}); }

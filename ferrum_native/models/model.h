@@ -41,8 +41,7 @@ class Model {
   virtual void rope_cos_sin(const int32_t* positions, int count, float* out) const = 0;
   /// Runs the batch: writes its keys and values, and `logits` [L, vocab] if it wants any.
   virtual void forward(Backend&, const Batch&, Kv&, const Tensor& logits) = 0;
-  /// Brings mapped weights into the process's page tables.
-  virtual void populate() const = 0;
+  virtual const Weights& weights() const = 0;
 };
 
 /// The model of a description: metadata, tensor types and shapes checked; nothing mapped or allocated.

@@ -29,7 +29,7 @@ class Qwen3Moe final : public Model {
   void load(Backend&, const StepLimits&) override;
   void rope_cos_sin(const int32_t* positions, int count, float* out) const override { config_.rope.cos_sin(positions, count, out); }
   void forward(Backend&, const Batch&, Kv&, const Tensor& logits) override;
-  void populate() const override { weights_.populate(); }
+  const Weights& weights() const override { return weights_; }
 
  private:
   struct Layer {
