@@ -40,6 +40,7 @@ def plan(
     max_logit_rows: int | None = None,
     activations: str = "int8",
     threads: int | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """What an Engine with these options would be and take, without loading anything.
 
@@ -104,6 +105,7 @@ class Engine:
     (only KV pool and scratch, where the mapped weights are larger than that) and is at least 16.
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
+    `profile`: count what every op costs, for `profile()`; the device is then waited for after each.
 
     `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx2", "scalar";
     None: the best of this machine), `poison_freed_kv` (freed KV blocks are filled with NaN) and `fail_at` (that call to the device raises
@@ -131,6 +133,7 @@ class Engine:
         max_logit_rows: int | None = None,
         activations: str = "int8",
         threads: int | None = None,
+        profile: bool = False,
         unused_tokens: Sequence[int] | None = None,
         instruction_set: str | None = None,
         poison_freed_kv: bool = False,
@@ -167,6 +170,17 @@ class Engine:
         ends it, and other calls, also of `progress`, come in between two pieces."""
     def resident_fraction(self) -> float:
         """Share of the mapped weights that is in the page cache, from a sample; 1.0 where the system does not say."""
+    def profile(self) -> dict[str, Any] | None:
+        """What steps cost since the engine was made or `reset_profile`; None without the option `profile`.
+
+        {"phases": {phase: {"steps", "tokens", "seconds", "ops": {op: {"calls", "seconds", "bytes", "macs"}}}}} with the phases that ran of
+        "prefill" (a step with more than one token of a sequence), "decode" (one token of one) and "batched decode" (one each of several).
+        Seconds of a phase are of its steps, from begin to end, and hold what was spent around the ops. Ops are "qkv", "attn_output", "head" and
+        those of `core/backend.h`; "top_candidates" and copies for `reserve` follow a step, are counted to its phase and not part of its
+        seconds. `bytes` are what an op must move once: weights as stored (of expert stacks the experts that got tokens), keys, values and
+        logits, no activations. `macs` are multiply-accumulates of products. Failed calls do not count.
+        """
+    def reset_profile(self) -> None: ...
     def cancel(self) -> None: ...
     def length(self, sequence: int) -> int:
         """Tokens of a live sequence."""

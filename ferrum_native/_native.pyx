@@ -219,6 +219,22 @@ cdef dict config_dict(object model, const ConfigList& items):
     return config
 
 
+cdef dict profile_dict(Profile& profile):
+    phases = {}
+    cdef PhaseProfile* phase
+    cdef OpProfile* op
+    cdef size_t i, j
+    for i in range(profile.phases.size()):
+        phase = &profile.phases[i]
+        ops = {}
+        for j in range(phase.ops.size()):
+            op = &phase.ops[j]
+            ops[op.name.decode()] = {"calls": op.calls, "seconds": op.seconds, "bytes": op.cost.bytes, "macs": op.cost.macs}
+        if ops:
+            phases[phase.name.decode()] = {"steps": phase.steps, "tokens": phase.tokens, "seconds": phase.seconds, "ops": ops}
+    return {"phases": phases}
+
+
 cdef dict effective_options(object options, const EnginePlan& plan):
     return {
         "device": options.device,
@@ -230,6 +246,7 @@ cdef dict effective_options(object options, const EnginePlan& plan):
         "max_logit_rows": plan.options.max_logit_rows,
         "activations": options.activations,
         "threads": options.threads,
+        "profile": options.profile,
     }
 
 
@@ -262,6 +279,7 @@ cdef DeviceOptions device_options(object options, object instruction_set):
     out.device = utf8(options.device)
     out.threads = options.threads
     out.float_activations = options.activations == "float32"
+    out.profile = options.profile
     out.instruction_set = utf8(instruction_set or "")
     return out
 
@@ -630,6 +648,21 @@ cdef class Engine:
             with nogil:
                 fraction = native.weights().resident_fraction()
             return fraction
+
+    def profile(self):
+        """What steps and ops cost since the engine was made or `reset_profile`; None without the option `profile`."""
+        cdef Profile* profile
+        with self.lock:
+            profile = self.open().profile()
+            return None if profile == NULL else profile_dict(dereference(profile))
+
+    def reset_profile(self):
+        """Start the profile anew; nothing without the option `profile`."""
+        cdef Profile* profile
+        with self.lock:
+            profile = self.open().profile()
+            if profile != NULL:
+                profile[0] = Profile()
 
     def cancel(self):
         """End a prefill that another thread is running, at its next chunk; it raises Cancelled there."""

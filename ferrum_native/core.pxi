@@ -89,7 +89,7 @@ cdef extern from "devices.h" namespace "ferrum" nogil:
     cdef cppclass DeviceOptions:
         string device, instruction_set
         int threads
-        cbool float_activations
+        cbool float_activations, profile
         int64_t fail_at
     unique_ptr[Backend] make_backend(const DeviceOptions&) except +raise_current_error
 
@@ -153,6 +153,26 @@ cdef extern from "core/weights.h" namespace "ferrum" nogil:
         void populate(uint64_t, uint64_t)
         double resident_fraction()
 
+cdef extern from "core/profile.h" namespace "ferrum" nogil:
+    cdef cppclass OpCost:
+        int64_t bytes, macs
+    cdef cppclass OpProfile:
+        string name
+        int64_t calls
+        double seconds
+        OpCost cost
+    cdef cppclass PhaseProfile:
+        const char* name
+        int64_t steps, tokens
+        double seconds
+        vector[OpProfile] ops
+    cdef cppclass PhaseProfiles "std::array<ferrum::PhaseProfile, 3>":
+        size_t size()
+        PhaseProfile& operator[](size_t)
+    cdef cppclass Profile:
+        Profile()
+        PhaseProfiles phases
+
 cdef extern from "core/plan.h" namespace "ferrum" nogil:
     cdef cppclass EngineOptions:
         int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
@@ -200,3 +220,4 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         string device()
         const EngineStats& stats()
         const Weights& weights()
+        Profile* profile()

@@ -1,6 +1,7 @@
 #include "devices.h"
 
 #include "core/failing_backend.h"
+#include "core/profiling_backend.h"
 #include "cpu/cpu_backend.h"
 
 namespace ferrum {
@@ -18,6 +19,7 @@ std::unique_ptr<Backend> make_device(const DeviceOptions& options) {
 std::unique_ptr<Backend> make_backend(const DeviceOptions& options) {
   std::unique_ptr<Backend> backend = make_device(options);
   if (options.fail_at >= 0) backend = std::make_unique<FailingBackend>(std::move(backend), options.fail_at);
+  if (options.profile) backend = std::make_unique<ProfilingBackend>(std::move(backend));
   return backend;
 }
 

@@ -775,7 +775,7 @@ def test_plan_is_what_the_engine_takes(model):
     given = {"threads": 1, "kv_tokens": 100, "max_sequences": 3, "prefill_chunk": 24, "max_logit_rows": 5}
     planned = plan(altered(model()), **given)  # nothing is opened
     with Engine(model(), **given) as engine:
-        assert planned["options"] == engine.options == {**given, "device": "auto", "kv_tokens": 112, "kv_type": "f16", "activations": "int8", "memory_budget": None}
+        assert planned["options"] == engine.options == {**given, "device": "auto", "kv_tokens": 112, "kv_type": "f16", "activations": "int8", "memory_budget": None, "profile": False}
         assert planned["kv_bytes_per_token"] == engine.kv_bytes_per_token
         assert planned["kv_bytes"] == engine.kv_bytes_per_token * 112
         assert planned["weights_bytes"] == sum(tensor.nbytes for tensor in model().tensors.values())

@@ -47,10 +47,10 @@ def clean(model):
         return history(engine, lambda call: call())
 
 
-def run_with_failure(model, fail_at):
+def run_with_failure(model, fail_at, profile):
     """(logits, failures met) of the history with one failing call, each failed request repeated once."""
     failures = 0
-    with Engine(model, fail_at=fail_at, **OPTIONS) as engine:
+    with Engine(model, fail_at=fail_at, profile=profile, **OPTIONS) as engine:
 
         def attempt(call):
             nonlocal failures
@@ -70,11 +70,12 @@ def run_with_failure(model, fail_at):
 
 
 @pytest.mark.slow_under_sanitizers
-def test_every_call_may_fail_once_and_the_next_request_succeeds(model, clean):
+@pytest.mark.parametrize("profile", [False, True], ids=["plain", "profiled"])
+def test_every_call_may_fail_once_and_the_next_request_succeeds(model, clean, profile):
     met = 0
     fail_at = 0
     while True:
-        rows, failures = run_with_failure(model, fail_at)
+        rows, failures = run_with_failure(model, fail_at, profile)
         if failures == 0:
             break
         met += 1

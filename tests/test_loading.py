@@ -81,7 +81,7 @@ def test_ctrl_c_ends_it_between_two_pieces(engine):
 def test_an_engine_closed_on_the_way_says_so(engine):
     with pytest.raises(EngineClosed):
         engine.populate(lambda done, total: engine.close())
-    for call in (engine.populate, engine.resident_fraction):
+    for call in (engine.populate, engine.resident_fraction, engine.profile, engine.reset_profile):
         with pytest.raises(EngineClosed):
             call()
 

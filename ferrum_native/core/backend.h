@@ -10,6 +10,7 @@
 
 #include "batch.h"
 #include "error.h"
+#include "profile.h"
 #include "tensor.h"
 
 namespace ferrum {
@@ -45,6 +46,7 @@ struct NormArgs {
   Activation& out;      // [n, H]: residual / rms(residual) * weight
 };
 struct LinearArgs {
+  const char* name = "linear";              // what it is in the model, for profiles: "qkv"
   const Activation& x;                      // [n, C]
   int rows;                                 // n
   std::span<const Weight* const> weights;   // one to three of [R_i, C], each of its own type
@@ -161,6 +163,8 @@ class Backend {
   virtual void write_activation(Activation&, int rows, const float* values) = 0;  // and packs
   virtual void read_activation(const Activation&, int rows, float* out) = 0;
   virtual void read_routing(const Routing&, const RoutingContents& out) = 0;
+  /// What a profiling decorator has counted, for its reader to look at and reset; null where there is none.
+  virtual Profile* profile() { return nullptr; }
 };
 
 }  // namespace ferrum

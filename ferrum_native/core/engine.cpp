@@ -240,6 +240,8 @@ void Engine::warm_up() {
   if (room < 1 || pool_.live_sequences() == plan_.options.max_sequences) return;
   const std::vector<int32_t> tokens(static_cast<size_t>(room), 0);
   const EngineStats before = stats_;
+  Profile* profile = backend_->profile();
+  const Profile profile_before = profile ? *profile : Profile{};
   prefill({sequence, tokens, LogitsWanted::Last}, [] { return false; });
   const Chunk decode{sequence, std::span(tokens).first(1), LogitsWanted::Last};
   try {
@@ -251,6 +253,7 @@ void Engine::warm_up() {
   release(sequence);
   logit_rows_ = 0;
   stats_ = before;
+  if (profile) *profile = profile_before;
 }
 
 }  // namespace ferrum

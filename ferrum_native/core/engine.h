@@ -66,6 +66,8 @@ class Engine {
   std::string device() const { return backend_->name(); }
   const EngineStats& stats() const { return stats_; }
   const Weights& weights() const { return model_->weights(); }
+  /// Null where the device was not asked to profile.
+  Profile* profile() { return backend_->profile(); }
 
  private:
   void check(std::span<const Chunk> chunks) const;

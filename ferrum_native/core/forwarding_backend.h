@@ -1,4 +1,4 @@
-// The base of decorators: every call goes to another backend. A decorator overrides `around`, which wraps every op, or single calls.
+// The base of decorators: every call goes to another backend. A decorator overrides `around`, which wraps every call of a step, or single calls.
 #pragma once
 #include <functional>
 #include <utility>
@@ -43,10 +43,12 @@ class ForwardingBackend : public Backend {
   void write_activation(Activation& x, int rows, const float* values) override { inner_->write_activation(x, rows, values); }
   void read_activation(const Activation& x, int rows, float* out) override { inner_->read_activation(x, rows, out); }
   void read_routing(const Routing& routing, const RoutingContents& out) override { inner_->read_routing(routing, out); }
+  Profile* profile() override { return inner_->profile(); }
 
  protected:
   /// Called for every call of a step; runs `call`, which is the inner backend's.
-  virtual void around(const char* op, const std::function<void()>& call) = 0;
+  virtual void around(const char* /*op*/, const std::function<void()>& call) { call(); }
+  Backend& inner() const { return *inner_; }
 
  private:
   template <class F> void run(const char* op, F&& call) {

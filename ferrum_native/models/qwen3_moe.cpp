@@ -217,14 +217,14 @@ void Qwen3Moe::forward(Backend& b, const Batch& batch, Kv& kv, const Tensor& log
   }
   b.norm({.residual = rows.residual, .delta = delta, .weight = *output_norm_, .eps = config_.rms_eps, .rows = rows.count, .out = *a.normed});
   const Weight* head[] = {output_ ? output_.get() : token_embedding_.get()};
-  b.linear({.x = *a.normed, .rows = rows.count, .weights = head, .out = logits});
+  b.linear({.name = "head", .x = *a.normed, .rows = rows.count, .weights = head, .out = logits});
 }
 
 void Qwen3Moe::attention_block(Backend& b, const Layer& w, int layer, const Batch& batch, Kv& kv) {
   Scratch& a = scratch_;
   const HeadShape& heads = config_.shape.heads;
   const Weight* qkv[] = {w.q.get(), w.k.get(), w.v.get()};
-  b.linear({.x = *a.normed, .rows = batch.tokens, .weights = qkv, .out = a.qkv});
+  b.linear({.name = "qkv", .x = *a.normed, .rows = batch.tokens, .weights = qkv, .out = a.qkv});
   b.qk_norm_rope_cache({.qkv = a.qkv, .q_norm = w.q_norm.get(), .k_norm = w.k_norm.get(), .eps = config_.rms_eps, .shape = heads,
                         .rotary_dim = config_.shape.rotary_dim, .layer = layer, .kv = kv, .q_out = a.q});
   if (layer + 1 == config_.shape.layers && batch.logit_count() == 0) return;
@@ -242,7 +242,7 @@ Qwen3Moe::Rows Qwen3Moe::rows_after_attention(Backend& b, bool last, const Batch
 void Qwen3Moe::moe_block(Backend& b, const Layer& w, const Rows& rows) {
   Scratch& a = scratch_;
   const Weight* o[] = {w.o.get()};
-  b.linear({.x = *rows.attended, .rows = rows.count, .weights = o, .out = a.delta});
+  b.linear({.name = "attn_output", .x = *rows.attended, .rows = rows.count, .weights = o, .out = a.delta});
   b.norm({.residual = rows.residual, .delta = &a.delta, .weight = *w.ffn_norm, .eps = config_.rms_eps, .rows = rows.count, .out = *a.normed});
   b.route({.x = *a.normed, .rows = rows.count, .router = *w.router, .top_k = config_.shape.top_k, .normalize = config_.norm_topk_prob, .out = *a.routing});
   b.experts_gate_up({.x = *a.normed, .routing = *a.routing, .gate = *w.gate, .up = *w.up, .out = *a.expert_hidden});
