@@ -170,6 +170,9 @@ class Engine:
         ends it, and other calls, also of `progress`, come in between two pieces."""
     def resident_fraction(self) -> float:
         """Share of the mapped weights that is in the page cache, from a sample; 1.0 where the system does not say."""
+    def measure_bandwidth(self) -> float:
+        """Bytes a second that the device reads from memory with all its threads, measured now, in about half a second, over a buffer of at
+        most 512 MiB and a quarter of the available memory."""
     def profile(self) -> dict[str, Any] | None:
         """What steps cost since the engine was made or `reset_profile`; None without the option `profile`.
 

@@ -649,6 +649,19 @@ cdef class Engine:
                 fraction = native.weights().resident_fraction()
             return fraction
 
+    def measure_bandwidth(self):
+        """Bytes a second that the device reads from memory, measured now."""
+        from ferrum.options import available_memory
+
+        cdef NativeEngine* native
+        cdef size_t most = (available_memory() or 1 << 30) // 4
+        cdef double rate
+        with self.lock:
+            native = self.open()
+            with nogil:
+                rate = native.read_bandwidth(most)
+            return rate
+
     def profile(self):
         """What steps and ops cost since the engine was made or `reset_profile`; None without the option `profile`."""
         cdef Profile* profile

@@ -221,3 +221,4 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         const EngineStats& stats()
         const Weights& weights()
         Profile* profile()
+        double read_bandwidth(size_t) except +raise_current_error

@@ -163,6 +163,8 @@ class Backend {
   virtual void write_activation(Activation&, int rows, const float* values) = 0;  // and packs
   virtual void read_activation(const Activation&, int rows, float* out) = 0;
   virtual void read_routing(const Routing&, const RoutingContents& out) = 0;
+  /// Bytes a second that the device reads from its memory with all it has, measured now over a fresh buffer of at most `most_bytes`.
+  virtual double read_bandwidth(size_t most_bytes) = 0;
   /// What a profiling decorator has counted, for its reader to look at and reset; null where there is none.
   virtual Profile* profile() { return nullptr; }
 };

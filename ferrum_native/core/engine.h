@@ -68,6 +68,7 @@ class Engine {
   const Weights& weights() const { return model_->weights(); }
   /// Null where the device was not asked to profile.
   Profile* profile() { return backend_->profile(); }
+  double read_bandwidth(size_t most_bytes) { return backend_->read_bandwidth(most_bytes); }
 
  private:
   void check(std::span<const Chunk> chunks) const;

@@ -43,6 +43,7 @@ class ForwardingBackend : public Backend {
   void write_activation(Activation& x, int rows, const float* values) override { inner_->write_activation(x, rows, values); }
   void read_activation(const Activation& x, int rows, float* out) override { inner_->read_activation(x, rows, out); }
   void read_routing(const Routing& routing, const RoutingContents& out) override { inner_->read_routing(routing, out); }
+  double read_bandwidth(size_t most_bytes) override { return inner_->read_bandwidth(most_bytes); }
   Profile* profile() override { return inner_->profile(); }
 
  protected:

@@ -108,6 +108,7 @@ class CpuBackend final : public Backend {
   void write_activation(Activation&, int rows, const float* values) override;
   void read_activation(const Activation&, int rows, float* out) override;
   void read_routing(const Routing&, const RoutingContents& out) override;
+  double read_bandwidth(size_t most_bytes) override;
 
  private:
   /// One thread's own memory; sizes by the step's limits.
