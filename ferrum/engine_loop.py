@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ferrum.errors import EngineClosed, KVPoolExhausted, UnknownSequence
 from ferrum.outputs import Logprob
@@ -22,6 +22,9 @@ from ferrum.request import Request, Scoring, Text
 from ferrum.sampler import Read, ReadToken, Sampler
 from ferrum.scheduler import Chunk, Limits, Scheduler, Sequence
 from ferrum_native._native import Engine
+
+
+R = TypeVar("R", Request, Scoring)
 
 
 class StepReport(NamedTuple):
@@ -60,14 +63,14 @@ class EngineLoop:
         self._process = os.getpid()
         self.last_step = StepReport(0, 0, 0.0)
 
-    def run(self, requests: Iterable[Request | Scoring]) -> Iterator[Request | Scoring]:
+    def run(self, requests: Iterable[R]) -> Iterator[R]:
         """Run requests, as many at once as the queue and the engine take, and give each when it has ended.
 
         Raises the error of the first that failed. However it is left, none of them is left behind.
         """
         source = iter(requests)
         following = next(source, None)
-        started: list[Request | Scoring] = []
+        started: list[R] = []
         try:
             while following is not None or started:
                 while following is not None and self._room_to_submit() > 0:

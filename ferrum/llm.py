@@ -243,7 +243,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        conversations: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [self.render_chat(conversation, **template_options) for conversation in conversations]
         params = _params_for(texts, sampling_params)
         checked = [self._checked(self._encode_rendered(text), each) for text, each in zip(texts, params)]

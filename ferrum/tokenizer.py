@@ -64,7 +64,7 @@ class Tokenizer:
         self.add_bos: bool = fields.add_bos
         self.chat_template: str | None = fields.chat_template
         named = {id for id in self.control_ids if self._tokens[id] in STOP_TOKENS}
-        self.stop_ids = frozenset((named | {self.eos_id, self.eot_id}) - {None})
+        self.stop_ids = frozenset(named | {id for id in (self.eos_id, self.eot_id) if id is not None})
         self._control = frozenset(self.control_ids)
         self._with_control, self._without_control = fields.build()
 

@@ -7,13 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 class _TensorInfo(Protocol):
-    name: str
-    type_id: int
-    type_name: str
-    shape: tuple[int, ...]
-    file_index: int
-    offset: int
-    nbytes: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def type_id(self) -> int: ...
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file_index(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 class _Model(Protocol):
     """What the engine reads of a `ferrum.gguf_file.GGUFFile`."""

@@ -227,7 +227,9 @@ def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
     fields = asdict(completion)
     if completion.logprobs is None:
         del fields["logprobs"], fields["cumulative_logprob"]
-    asked = {} if output.prompt_logprobs is None else {"prompt_logprobs": [place and {id: asdict(p) for id, p in place.items()} for place in output.prompt_logprobs]}
+    asked = {}
+    if output.prompt_logprobs is not None:
+        asked["prompt_logprobs"] = [place and {id: asdict(logprob) for id, logprob in place.items()} for place in output.prompt_logprobs]
     return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(output.usage), "timings": asdict(output.timings)})
 
 
