@@ -51,7 +51,7 @@ class EngineLoop:
         self._room = min(engine.config["context_length"], engine.kv_capacity)  # tokens that one sequence can reach
         options = engine.options
         self._pool = _EnginePool(engine)
-        self._scheduler = Scheduler(self._pool, Limits(options["max_sequences"], options["prefill_chunk"], options["max_logit_rows"]))
+        self._scheduler = Scheduler(self._pool, Limits.of(options))
         self._requests: dict[int, Request | Scoring] = {}  # unfinished ones, by id()
         self._sessions: dict[int, Retained] = {}  # of unfinished requests, by id()
         self._submitted: deque[tuple[Request | Scoring, Retained | None]] = deque()
@@ -108,7 +108,7 @@ class EngineLoop:
     def settle(self) -> None:
         """Release what was dropped, unless the engine is busy: then its next step does. Never waits."""
         me = object()
-        if not self._dropped or not self._turn.acquire(blocking=False):
+        if not (self._dropped or self._interrupted) or not self._turn.acquire(blocking=False):
             return
         try:
             if self._driver is not None:
@@ -148,8 +148,6 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """One step for everybody; False: nothing could run. An error of the engine ends the requests that were in it, and only those."""
-        if self._interrupted:
-            self._recover()
         self._release_dropped()
         self._interrupted = True
         chunks: list[Chunk] | None = None
@@ -289,9 +287,11 @@ class EngineLoop:
         self._scheduler.rewind(kept, tokens, min(same, wanted_from))
 
     def _release_dropped(self) -> None:
-        while self._dropped:
-            item = self._dropped[0]
-            try:
+        try:
+            if self._interrupted:
+                self._recover()
+            while self._dropped:
+                item = self._dropped[0]
                 if isinstance(item, Retained):
                     if item.sequence is not None:
                         self._scheduler.remove(item.sequence)
@@ -299,9 +299,9 @@ class EngineLoop:
                 else:
                     item.cancel()
                     self._forget(item)
-            except RuntimeError:  # this thread is inside a call of the engine
-                return
-            self._dropped.popleft()
+                self._dropped.popleft()
+        except RuntimeError:  # this thread is inside a call of the engine: a later step releases the rest
+            return
 
     def _fail(self, chunks: list[Chunk] | None, error: Exception) -> None:
         """End the requests of a step that failed; without chunks, all."""
@@ -324,6 +324,7 @@ class EngineLoop:
             prompt = request.prompt_sequence
             unfinished += [prompt] if prompt is not None and prompt.active else request.unfinished()
         self._scheduler.start_over(unfinished)
+        self._interrupted = False
 
 
 def _pool_notice(capacity: int) -> str:

@@ -10,7 +10,7 @@ first in order can always go on, so every sequence ends.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +36,12 @@ class Limits:
     max_logit_rows: int
     block_tokens: int = 16
     max_waiting: int = 64
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Limits:
+        """Those of an engine with these options."""
+        sequences = options["max_sequences"]
+        return cls(sequences, options["prefill_chunk"], options["max_logit_rows"], max_waiting=max(64, sequences))
 
 
 class Sequence:
