@@ -150,7 +150,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         ("tensors", [(row["type"], _tensors(row)) for row in report["tensor_types"]]),
         ("vocabulary", _vocabulary_rows(report["vocabulary"])),
         ("chat template", _template_rows(report["chat_template"])),
-        ("options", [(name, f"{_shown(row['value']):<12}({row['source']})") for name, row in report["options"].items()]),
+        ("options", [(name, f"{_option(name, row['value']):<12}({row['source']})") for name, row in report["options"].items()]),
     ]
     if report["plan"]:
         sections.append(("memory plan", _plan_rows(report)))
@@ -174,6 +174,12 @@ def _shown(value: Any, none: str = "not decided") -> str:
     if isinstance(value, float):
         return f"{value:.7g}"
     return none if value is None else str(value)
+
+
+def _option(name: str, value: Any) -> str:
+    if name == "memory_budget":
+        return "none" if value is None else size(value)
+    return _shown(value)
 
 
 def _tensors(row: dict[str, Any]) -> str:
@@ -203,13 +209,22 @@ def _template_rows(template: Any) -> list[tuple[str, str]]:
     return [("length", f"{len(template)} characters"), ("starts", first if len(first) <= 54 else first[:51] + "...")]
 
 
+def _why(report: dict[str, Any], tokens: int) -> str:
+    """What the default of kv_tokens came from: the model's context, 8192, or what fits."""
+    if report["options"]["kv_tokens"]["source"] != "default":
+        return ""
+    if tokens >= report["config"]["context_length"]:
+        return ": the context"
+    return ": the default" if tokens == 8192 else ": what fits"
+
+
 def _plan_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     plan = report["plan"]
     tokens, available = report["options"]["kv_tokens"]["value"], report["available_memory_bytes"]
     rows = [
         ("weights", plan["weights_bytes"], "in place over the file"),
         ("weight copies", plan["weights_extra_bytes"], "made by the device"),
-        ("KV cache", plan["kv_bytes"], f"{tokens} tokens of {plan['kv_bytes_per_token']} bytes"),
+        ("KV cache", plan["kv_bytes"], f"{tokens} tokens of {plan['kv_bytes_per_token']} bytes{_why(report, tokens)}"),
         ("scratch", plan["scratch_bytes"], ""),
         ("total", plan["total_bytes"], ""),
     ]
