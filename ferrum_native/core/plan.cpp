@@ -11,7 +11,7 @@ constexpr int default_kv_tokens = 8192;
 /// Fewest tokens that a budget must hold where nobody said how many: less than that is of no use to anybody.
 constexpr int least_kv_tokens = 512;
 
-/// "17.3 GiB", "512.0 MiB"
+/// "17.28 GiB", "512.0 MiB"
 std::string size_text(uint64_t bytes) {
   char text[32];
   const bool large = bytes >= 1u << 30;

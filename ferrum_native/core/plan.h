@@ -8,14 +8,14 @@
 namespace ferrum {
 
 struct EngineOptions {
-  int kv_tokens = 0;          // capacity of the KV pool; 0: min(context length, 8192, what fits the budget or the available memory)
+  int kv_tokens = 0;              // capacity of the KV pool; 0: min(context length, 8192, what fits the budget or the available memory)
   KvType kv_type = KvType::F16;
   int max_sequences = 16;
-  int prefill_chunk = 512;    // prompt tokens of one step
-  int max_logit_rows = 0;     // rows of one call's logits; 0: max(max_sequences, 16)
+  int prefill_chunk = 512;        // prompt tokens of one step
+  int max_logit_rows = 0;         // rows of one call's logits; 0: max(max_sequences, 16)
   uint64_t memory_budget = 0;     // bytes that the whole plan must fit; 0: none
   uint64_t available_memory = 0;  // bytes that the system would give, which bound a kv_tokens of 0; 0: unknown
-  bool poison_freed_kv = false;  // tests: blocks that become free are filled with NaN
+  bool poison_freed_kv = false;   // tests: blocks that become free are filled with NaN
 };
 
 /// Options as they take effect, and bytes.
