@@ -174,8 +174,8 @@ def float_tensors(config, rng):
         yield prefix + "ffn_gate_inp.weight", (1.5 * c.hidden ** -0.5 * rng.standard_normal((c.experts, c.hidden))).astype(np.float32)
 
 
-def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=False, rope_scaling=None):
-    """Write a random model to `path` and return the path.
+def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=False, rope_scaling=None, vocabulary=None):
+    """Write a random model to `path` and return the path; without a `Vocabulary` it gets a small one, padded to its size.
 
     types is 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K' for every matrix, 'Q4_K_M' for that mix of Q4_K and Q6_K, or a mapping (see `type_of`).
     tied leaves output.weight out. rope_scaling is a `reference.RopeScaling`.
@@ -183,7 +183,7 @@ def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=Fal
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen3moe")
     write_metadata(writer, config, rope_scaling)
-    write_vocabulary(writer, make_vocabulary(config.vocab))
+    write_vocabulary(writer, vocabulary or make_vocabulary(config.vocab))
     for name, values in float_tensors(config, rng):
         writer.add_tensor(name, values)
     for name, shape, std in matrices(config, tied):

@@ -12,39 +12,34 @@ int next_greater(const float* x, int begin, int end, float threshold) {
   return end;
 }
 
-/// exp(x) for x <= 0 in double, relative error below 3e-16; below -700: exp(-700), far under every sum it is added to.
-/// Plain arithmetic that compilers turn into vectors; the integer part is rounded by adding 1.5 * 2^52.
-inline double exp_below_zero(double x) {
-  x = x < -700.0 ? -700.0 : x;
-  const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
-  const double n = shifted - 6755399441055744.0;
-  const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, 8);
-  bits = (bits + 1023) << 52;  // the low bits of `shifted` are n
-  double power;
-  std::memcpy(&power, &bits, 8);
-  return p * power;
+/// exp(x) for x <= 0 in double, relative error below 3e-16; below -700: exp(-700), far under every sum it is added to. NaN stays NaN.
+/// The integer part is rounded by adding 1.5 * 2^52, whose low bits it then is; the rest by the Taylor polynomial of degree 12.
+inline D4 exp_below_zero(D4 x) {
+  const D4 magic = set1_double(6755399441055744.0);
+  x = max(set1_double(-700.0), x);
+  const D4 shifted = fma(x, set1_double(1.4426950408889634), magic);
+  const D4 n = shifted - magic;
+  const D4 r = fma(n, set1_double(-1.90821492927058770002e-10), fma(n, set1_double(-0.693147180369123816490), x));
+  D4 p = set1_double(1.0 / 479001600.0);
+  for (double term : {1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0})
+    p = fma(p, r, set1_double(term));
+  return p * exp2_of_shifted(shifted);
 }
 
 double sum_exp(const float* x, int size, double shift, double scale) {
-  double sums[8] = {};
+  const D4 largest = set1_double(shift), factor = set1_double(scale);
+  D4 low = set1_double(0.0), high = set1_double(0.0);
+  auto add = [&](const float* values) {
+    low = low + exp_below_zero((widen(values) - largest) * factor);
+    high = high + exp_below_zero((widen(values + 4) - largest) * factor);
+  };
   int i = 0;
-  for (; i + 8 <= size; i += 8)
-    for (int lane = 0; lane < 8; ++lane) sums[lane] += exp_below_zero((static_cast<double>(x[i + lane]) - shift) * scale);
-  for (; i < size; ++i) sums[i % 8] += exp_below_zero((static_cast<double>(x[i]) - shift) * scale);
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  for (; i + 8 <= size; i += 8) add(x + i);
+  if (i < size) {
+    float padded[8];
+    std::fill_n(padded, 8, -std::numeric_limits<float>::infinity());  // adds exp(-700)
+    std::memcpy(padded, x + i, static_cast<size_t>(size - i) * sizeof(float));
+    add(padded);
+  }
+  return reduce_add(low + high);
 }

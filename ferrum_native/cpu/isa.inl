@@ -1,4 +1,8 @@
 // All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 where it is that one.
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+
 #include "kernels.h"
 #include "simd.h"
 #include "tuning.h"

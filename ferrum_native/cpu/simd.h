@@ -78,6 +78,27 @@ inline uint16_t float_to_f16(float x) {
 }
 inline float fma(float a, float b, float c) { return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))); }
 
+/// Four double lanes.
+struct D4 { __m256d v; };
+
+inline D4 set1_double(double x) { return {_mm256_set1_pd(x)}; }
+inline D4 widen(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+inline D4 operator+(D4 a, D4 b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline D4 operator-(D4 a, D4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline D4 operator*(D4 a, D4 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline D4 fma(D4 a, D4 b, D4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+/// The larger lane; the second where one is NaN.
+inline D4 max(D4 a, D4 b) { return {_mm256_max_pd(a.v, b.v)}; }
+/// 2^n for lanes that hold n + 1.5 * 2^52, n in -1022..1023.
+inline D4 exp2_of_shifted(D4 n) {
+  return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(_mm256_castpd_si256(n.v), _mm256_set1_epi64x(1023)), 52))};
+}
+/// Sum in the fixed order (0+2) + (1+3).
+inline double reduce_add(D4 a) {
+  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
 #else
 
 inline float f16_to_float(uint16_t h) {
@@ -168,6 +189,31 @@ inline float reduce_max(F8 a) {
   const float* v = a.v;
   return pick(pick(pick(v[0], v[4]), pick(v[2], v[6])), pick(pick(v[1], v[5]), pick(v[3], v[7])));
 }
+struct D4 { double v[4]; };
+
+template <class F> inline D4 each_double(F f) {
+  D4 out;
+  for (int i = 0; i < 4; ++i) out.v[i] = f(i);
+  return out;
+}
+inline D4 set1_double(double x) { return each_double([=](int) { return x; }); }
+inline D4 widen(const float* p) { return each_double([=](int i) { return static_cast<double>(p[i]); }); }
+inline D4 operator+(D4 a, D4 b) { return each_double([&](int i) { return a.v[i] + b.v[i]; }); }
+inline D4 operator-(D4 a, D4 b) { return each_double([&](int i) { return a.v[i] - b.v[i]; }); }
+inline D4 operator*(D4 a, D4 b) { return each_double([&](int i) { return a.v[i] * b.v[i]; }); }
+inline D4 fma(D4 a, D4 b, D4 c) { return each_double([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
+inline D4 max(D4 a, D4 b) { return each_double([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline D4 exp2_of_shifted(D4 n) {
+  return each_double([&](int i) {
+    uint64_t bits;
+    std::memcpy(&bits, &n.v[i], 8);
+    bits = (bits + 1023) << 52;
+    double power;
+    std::memcpy(&power, &bits, 8);
+    return power;
+  });
+}
+inline double reduce_add(D4 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline F8 max_or_nan(F8 a, F8 b) { return each([&](int i) { return larger_or_nan(a.v[i], b.v[i]); }); }
 inline float reduce_max_or_nan(F8 a) {
