@@ -107,9 +107,9 @@ class Engine:
     handler or a finalizer) and any call in a forked process are a RuntimeError. After an exception the engine is as before and usable.
 
     `kv_tokens`: capacity of the KV pool in tokens (rounded up to blocks of 16); default min(context length, 8192), less where the plan would
-    not fit. `memory_budget`: bytes (or "12GiB") that weights, KV pool and scratch together must fit, else OutOfMemory says what would; the
-    default kv_tokens is then at least min(context length, 512). Without one the default kv_tokens fits the memory that the system would give
-    (only KV pool and scratch, where the mapped weights are larger than that) and is at least 16.
+    not fit, and at least min(context length, 512). `memory_budget`: bytes (or "12GiB") that weights, KV pool and scratch together must fit,
+    else OutOfMemory says what would. Without one the default kv_tokens fits the memory that the system would give (only KV pool and scratch,
+    where the mapped weights are larger than that), if it gives that much.
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
     `profile`: count what every op costs, for `profile()`; the device is then waited for after each.

@@ -89,7 +89,7 @@ def test_a_budget_below_one_block_or_the_weights_says_so(file):
 
 def test_without_a_budget_the_default_pool_fits_what_the_system_would_give(file, available):
     weights = plan(file, **GIVEN)["weights_bytes"]
-    for nbytes, tokens in ((total(file, 1600), 1600), (total(file, 1616) - 1, 1600), (total(file, 64), 64), (weights, 16), (None, 8192), (1 << 50, 8192)):
+    for nbytes, tokens in ((total(file, 1600), 1600), (total(file, 1616) - 1, 1600), (total(file, 528), 528), (total(file, 64), 512), (weights, 512), (None, 8192), (1 << 50, 8192)):
         available(nbytes)
         assert plan(file, **GIVEN)["options"]["kv_tokens"] == tokens, nbytes
         assert plan(file, kv_tokens=4096, **GIVEN)["options"]["kv_tokens"] == 4096
@@ -98,9 +98,9 @@ def test_without_a_budget_the_default_pool_fits_what_the_system_would_give(file,
 def test_weights_larger_than_memory_leave_it_to_the_rest(model, available):
     """They are mapped, and the system pages them."""
     file = model(TinyConfig(layers=2, kv_heads=1, context=20001))
-    rest = total(file, 320) - plan(file, **GIVEN)["weights_bytes"]
+    rest = total(file, 640) - plan(file, **GIVEN)["weights_bytes"]
     assert rest < plan(file, **GIVEN)["weights_bytes"]
     available(rest)
-    assert plan(file, **GIVEN)["options"]["kv_tokens"] == 320
+    assert plan(file, **GIVEN)["options"]["kv_tokens"] == 640
     available(1)
-    assert plan(file, **GIVEN)["options"]["kv_tokens"] == 16
+    assert plan(file, **GIVEN)["options"]["kv_tokens"] == 512

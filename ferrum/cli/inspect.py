@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, given_settings
 from ferrum.cli.output import BOLD, json_line, note_error, printable, program, size, styled
-from ferrum.errors import ModelFileError
+from ferrum.errors import ModelFileError, OutOfMemory
 from ferrum.options import DEFAULT, DEFAULT_MODEL, ENVIRONMENT, GIVEN, EngineOptions, Resolved, available_memory, resolve, variable_name
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ Show a model file: architecture, shapes, quant types, vocabulary, template, the
 options in force and where each comes from, and the memory plan for them. Only
 the file's header is read, so this is quick for a file of any size.
 
-Exit code: 0, 1 if this version cannot run the model (the reason comes last), 2
-wrong usage."""
+Exit code: 0, 1 if the model cannot run (the reason comes last), 2 wrong usage."""
 _EXAMPLES = """\
   {program} inspect
   {program} inspect -m Qwen3-30B-A3B-Q4_K_M.gguf --kv-tokens 32768
@@ -64,7 +63,7 @@ def describe(file: GGUFFile, resolved: Resolved) -> dict[str, Any]:
     planned, reason = None, None
     try:
         planned = plan(file, **resolved.options.arguments())
-    except ModelFileError as error:
+    except (ModelFileError, OutOfMemory) as error:
         reason = str(error)
     vocabulary = _vocabulary(file)
     effective = planned["options"] if planned else resolved.options.arguments()
@@ -144,7 +143,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
             ("chosen by", _chosen_by(report["model_source"])),
             ("file", f"{size(report['file_bytes'])}, {files}, GGUF version {report['gguf_version']}"),
             ("name", report["name"] or "not named"),
-            ("runs on", report["device"] or "nothing yet: the reason comes last"),
+            ("runs on", report["device"] or "nothing: the reason comes last"),
         ]),
         ("shapes", [(name, _shown(value)) for name, value in report["config"].items()]),
         ("tensors", [(row["type"], _tensors(row)) for row in report["tensor_types"]]),

@@ -8,7 +8,7 @@ namespace ferrum {
 namespace {
 
 constexpr int default_kv_tokens = 8192;
-/// Fewest tokens that a budget must hold where nobody said how many: less than that is of no use to anybody.
+/// Fewest tokens of a pool where nobody said how many, and so what a budget must hold: less is of no use to anybody.
 constexpr int least_kv_tokens = 512;
 
 /// "17.28 GiB", "512.0 MiB"
@@ -70,7 +70,7 @@ EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& 
     const int middle = most + (above - most) / 2;
     (fits(plan_of(middle)) ? most : above) = middle;
   }
-  const int least = given ? wanted : std::min(wanted, budget ? blocks_for(least_kv_tokens) : 1);
+  const int least = given ? wanted : std::min(wanted, blocks_for(least_kv_tokens));
   if (budget && most < least) refuse(plan_of(least), most);
   return plan_of(std::max(most, least));
 }
