@@ -386,16 +386,16 @@ class LLM:
         self._check_params(params)
         return ids
 
-    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+    def _check_ids(self, ids: Sequence[int], what: str, kind: type[ValueError] = ValueError) -> None:
         for id in (min(ids), max(ids)):
             if not 0 <= id < self._vocab_size:
-                raise ValueError(f"token id {id} of {what} is not in the vocabulary (0..{self._vocab_size - 1}). Pass ids of this model.")
+                raise kind(f"token id {id} of {what} is not in the vocabulary (0..{self._vocab_size - 1}). Pass ids of this model.")
 
     def _check_params(self, params: SamplingParams) -> None:
         """Refuse ids outside the vocabulary, and params that leave no token to draw."""
         for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
             if ids := tuple(getattr(params, name)):
-                self._check_ids(ids, name)
+                self._check_ids(ids, name, OptionError)
         if not params.allowed_token_ids and not params.banned_token_ids:
             return
         taken = {*params.banned_token_ids, *self._unused_ids}
