@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from ferrum.errors import OptionError
@@ -32,7 +32,7 @@ class Setting:
 
     `default_text` describes a default of None ("the CPUs this process may use"), which is then allowed.
     `sequence` marks a tuple of values, `mapping` a dict from token ids to values; both are a repeated flag (ID=X for
-    the latter). A whole number of bytes may be written with a unit ("12GiB"). `flag` is the flag where it is not that
+    the latter), but with `commas` a sequence of at least one value is a single flag (1,4,8). A whole number of bytes may be written with a unit ("12GiB"). `flag` is the flag where it is not that
     of the field's name, or False where the command line has none.
     """
 
@@ -46,6 +46,7 @@ class Setting:
     default_text: str = ""
     sequence: bool = False
     mapping: bool = False
+    commas: bool = False
     short_flag: str = ""
     metavar: str = "N"
     flag: bool | str = True
@@ -58,6 +59,8 @@ class Setting:
             return "text that is not empty"
         if self.kind is bool:
             return "True or False"
+        if self.commas:
+            return replace(self, commas=False).expected().replace("a whole number", "whole numbers", 1) + ", with commas between"
         noun = "a whole number" if self.kind is int else "a number"
         of = f" of {self.unit}" if self.unit else ""
         if self.unit == "bytes":
@@ -79,7 +82,10 @@ class Setting:
                 value = (value,)
             if not isinstance(value, Iterable):
                 raise self._error(value, name)
-            return tuple(self._check_one(item, name) for item in value)
+            values = tuple(self._check_one(item, name) for item in value)
+            if self.commas and not values:
+                raise self._error(values, name)
+            return values
         if self.mapping:
             return self._check_mapping(value, name)
         if value is None and self.default_text:
@@ -87,7 +93,13 @@ class Setting:
         return self._check_one(value, name)
 
     def parse(self, text: str, name: str) -> Any:
-        """`check` for a value written as text, as flags and environment variables are; (id, value) for a mapping's item."""
+        """`check` for a value written as text, as flags and environment variables are; one item of a sequence without `commas`,
+        (id, value) for a mapping's item."""
+        if self.commas:
+            try:
+                return tuple(self._parse_one(part, name) for part in text.split(","))
+            except OptionError:
+                raise self._error(text, name) from None  # shows all that was written
         if self.mapping:
             id, separator, text = text.partition("=")
             if not separator:

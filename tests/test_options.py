@@ -1,12 +1,12 @@
 """Options: resolved flag, then environment, then default; errors name the place and what is allowed."""
 
 import os
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 
 from ferrum.errors import OptionError
-from ferrum.options import DEFAULT_MODEL, EngineOptions, color_wanted, resolve, settings_of, variable_name
+from ferrum.options import DEFAULT_MODEL, EngineOptions, color_wanted, resolve, setting, settings_of, variable_name
 from ferrum.sampling import SamplingParams
 
 
@@ -111,3 +111,20 @@ def test_color_is_off_where_the_user_says_so():
     assert color_wanted({"TERM": "xterm"})
     assert not color_wanted({"TERM": "xterm", "NO_COLOR": "1"})
     assert not color_wanted({"TERM": "dumb"})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    sizes: tuple[int, ...] = setting((1, 4), int, "sizes", unit="rows", minimum=1, maximum=9, sequence=True, commas=True)
+
+
+def test_a_setting_with_commas_takes_one_flag_with_one_or_more_values():
+    rule = settings_of(Sizes)["sizes"][1]
+    assert rule.parse("3", "--sizes") == (3,)
+    assert rule.parse("3,1,9", "--sizes") == (3, 1, 9)
+    for text in ("", "1,,4", "1,", "0", "10", "a", "1, 2", "1;2"):
+        with pytest.raises(OptionError) as error:
+            rule.parse(text, "--sizes")
+        assert str(error.value) == f"--sizes is {text!r}: expected whole numbers of rows from 1 to 9, with commas between."
+    with pytest.raises(OptionError, match="expected whole numbers"):
+        rule.check((), "sizes")

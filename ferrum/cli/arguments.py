@@ -94,7 +94,7 @@ def add_settings(group: argparse._ArgumentGroup, cls: type) -> None:
         if rule.kind is bool:
             group.add_argument(*names, dest=name, action="store_true", default=None, help=help)
         else:
-            action = "append" if rule.sequence or rule.mapping else "store"
+            action = "append" if _repeated(rule) else "store"
             group.add_argument(*names, dest=name, metavar="|".join(rule.choices) or rule.metavar, action=action, help=help)
 
 
@@ -106,12 +106,16 @@ def given_settings(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
         if given is None:
             continue
         shown = f"{rule.short_flag} ({flag_name(name, rule)})" if rule.short_flag else flag_name(name, rule)
-        if rule.sequence or rule.mapping:
+        if _repeated(rule):
             items = [rule.parse(text, shown) for text in given]
             values[name] = dict(items) if rule.mapping else tuple(items)
         else:
             values[name] = given if rule.kind is bool else rule.parse(given, shown)
     return values
+
+
+def _repeated(rule: Setting) -> bool:
+    return (rule.sequence and not rule.commas) or rule.mapping
 
 
 def _help(rule: Setting, default: Any) -> str:
