@@ -122,7 +122,7 @@ class EngineLoop:
             self._end_turn(me)
 
     def drive(self, done: Callable[[], bool]) -> None:
-        """Run steps, or wait while another thread runs them, until `done`."""
+        """Run steps, or wait while another thread runs them, until `done`, which is asked before each step and after the last."""
         me = object()
         while True:
             try:

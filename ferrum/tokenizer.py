@@ -68,6 +68,12 @@ class Tokenizer:
         self._control = frozenset(self.control_ids)
         self._with_control, self._without_control = fields.build()
 
+    @property
+    def plain_ids(self) -> list[int]:
+        """Ids of plain text: no added tokens, padding, or tokens that end a text."""
+        special = self._added | self.stop_ids
+        return [id for id in range(self.vocab_size) if id not in special]
+
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """The tokenizer described by a file's metadata.

@@ -14,6 +14,7 @@ from ferrum.cli.output import close_quietly, note, note_error, prepare_streams, 
 # name: (module, what it does)
 COMMANDS = {
     "generate": ("ferrum.cli.generate", "continue a text"),
+    "bench": ("ferrum.cli.bench", "measure how fast a model runs on this machine"),
     "inspect": ("ferrum.cli.inspect", "show what is in a model file and what memory it would take"),
 }
 

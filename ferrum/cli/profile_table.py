@@ -1,0 +1,67 @@
+"""The engine's profile as tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ferrum.cli.output import size
+
+# Ops between two steps, which are not part of the seconds of steps: see `Engine.profile`.
+_BETWEEN_STEPS = ("top_candidates", "copy_kv_blocks")
+_TITLES = f"{'op':<20}{'calls':>7}{'time':>10}{'share':>7}{'bytes':>11}{'GB/s':>7}{'of bw':>7}{'GMAC/s':>8}"
+
+
+def profile_lines(profile: dict[str, Any], bandwidth: float | None) -> list[str]:
+    """Tables of what `Engine.profile` counted, a phase each, most time first; `bandwidth`: what memory gives, in bytes a second.
+
+    Shares are of all seconds of a phase. "of bw" is the rate of an op's bytes as a share of the bandwidth: near 100% it cannot become faster but
+    by reading less. An op far from it that has products is bound by them.
+    """
+    lines: list[str] = []
+    for name, phase in profile["phases"].items():
+        lines += [""] * bool(lines) + _phase_lines(name, phase, bandwidth)
+    return lines or ["no step was profiled"]
+
+
+def _phase_lines(name: str, phase: dict[str, Any], bandwidth: float | None) -> list[str]:
+    ops = sorted(phase["ops"].items(), key=lambda item: -item[1]["seconds"])
+    between = sum(op["seconds"] for name, op in ops if name in _BETWEEN_STEPS)
+    whole = phase["seconds"] + between
+    outside = whole - sum(op["seconds"] for _, op in ops)
+    steps, tokens = phase["steps"], phase["tokens"]
+    speed = f", {tokens / whole:.4g} tokens/s" if whole else ""
+    return [
+        f"{name}: {_counted(steps, 'step')}, {_counted(tokens, 'token')}, {_time(whole)}{speed}",
+        _TITLES,
+        *(_row(name, op, whole, bandwidth) for name, op in ops),
+        f"{'outside the ops':<20}{'':>7}{_time(outside):>10}{_share(outside, whole):>7}",
+    ]
+
+
+def _row(name: str, op: dict[str, Any], whole: float, bandwidth: float | None) -> str:
+    seconds, nbytes, macs = op["seconds"], op["bytes"], op["macs"]
+    rate = nbytes / seconds if seconds else 0.0
+    cells = [
+        f"{op['calls']:>7}", f"{_time(seconds):>10}", f"{_share(seconds, whole):>7}",
+        f"{size(nbytes) if nbytes else '':>11}",
+        f"{_billions(rate):>7}",
+        f"{_share(rate, bandwidth) if nbytes and bandwidth else '':>7}",
+        f"{_billions(macs / seconds if seconds else 0.0):>8}",
+    ]
+    return f"{name:<20}{''.join(cells)}".rstrip()
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def _billions(rate: float) -> str:
+    return f"{rate / 1e9:.1f}" if rate else ""
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
