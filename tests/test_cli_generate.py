@@ -118,3 +118,13 @@ def test_a_memory_budget_fits_the_kv_cache_or_is_refused_with_the_figures():
         assert_short_error(err)
         assert "the engine would take 24.0 MiB, but memory_budget is 20.0 MiB" in err
     assert math.isclose(report["plan"]["kv_bytes"], report["plan"]["kv_bytes_per_token"] * report["options"]["kv_tokens"]["value"])
+
+
+def test_profile_shows_every_op_of_prefill_and_decode():
+    code, out, err = ferrum("generate", PROMPT, *GREEDY, "--profile")
+    assert code == 0 and out.strip()
+    prefill, decode = err.index("prefill: 1 step, 4 tokens"), err.index("decode: 15 steps, 15 tokens")
+    for table in (err[prefill:decode], err[decode:]):
+        for op in ("qkv", "attention", "route", "experts_gate_up", "experts_down", "head", "outside the ops"):
+            assert f"\n{op} " in table
+    assert max(map(len, err[prefill:].splitlines())) <= 80

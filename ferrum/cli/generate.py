@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
 from ferrum.cli.output import BOLD, DIM, ProgressLine, json_line, note, program, size, styled
+from ferrum.cli.profile_table import profile_lines
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
 from ferrum.sampling import SamplingParams
@@ -71,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             _show_all(outputs[0], arguments)
         if not arguments.json:
             _hint(llm, arguments)
+        if profile := llm.profile():
+            note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
     return 130 if interrupted else 0
 
 
