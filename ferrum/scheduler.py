@@ -115,8 +115,8 @@ class Scheduler:
 
     @property
     def room(self) -> int:
-        """How many more sequences the queue takes."""
-        return self._limits.max_waiting - len(self._waiting)
+        """How many more sequences the queue takes; those that are paused are not counted, for nobody knows when they go on."""
+        return self._limits.max_waiting - sum(sequence.active for sequence in self._waiting)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
@@ -153,6 +153,8 @@ class Scheduler:
                 self._pool.truncate(sequence.engine_id, length)
         sequence.tokens = tokens
         if sequence.engine_id is None:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
             self.add(sequence)
             return
         sequence.computed = min(length, sequence.computed)
@@ -213,24 +215,23 @@ class Scheduler:
     def _admit(self, sequence: Sequence, chunks: list[Chunk], room: _Room) -> bool:
         """Start a waiting sequence and plan its first chunk; False: it must wait."""
         source = sequence.source
-        while len(self._running) >= self._limits.max_sequences:
-            idle = self._idle(but=source)
-            if idle is None:
-                break
+        take_over = source is not None and source.forks == 1
+        while len(self._running) >= self._limits.max_sequences and (idle := self._idle(but=source)):
             self._put_back(idle)
-        slots = self._limits.max_sequences - len(self._running)
-        last_fork = source is not None and (source.forks == 1 or (slots <= 0 and not any(other.active for other in self._running)))
-        if slots <= 0 and not last_fork:
-            return False
+        if len(self._running) >= self._limits.max_sequences and not take_over:
+            if source is None or self._any_active():
+                return False
+            take_over = True
         while not self._fits(sequence):
             idle = self._idle(but=source)
             if idle is None:
-                if any(other.active for other in self._running):
+                if self._any_active():
                     return False
-                break  # alone: the engine has the last word
+                take_over = source is not None  # alone: the other forks compute their own beginning, and the engine has the last word
+                break
             self._put_back(idle)
         self._waiting.remove(sequence)
-        self._start(sequence, take_over=last_fork)
+        self._start(sequence, take_over=take_over)
         tokens, rows = self._chunk(sequence, room)
         self._plan(sequence, tokens, rows, chunks, room)
         return True
@@ -289,6 +290,9 @@ class Scheduler:
         need = -(-sequence.goal // size) - -(-start // size) + (start % size != 0)
         planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.active)
         return need + planned <= self._pool.kv_blocks_free
+
+    def _any_active(self) -> bool:
+        return any(sequence.active for sequence in self._running)
 
     def _next_waiting(self) -> Sequence | None:
         return next((sequence for sequence in self._waiting if sequence.active), None)

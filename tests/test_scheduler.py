@@ -1,0 +1,524 @@
+"""The scheduler against a pool that keeps every block's contents, and callers who add, pause, fork, take back and interrupt at random.
+
+The "model" is a hash of all tokens so far, read from the pool's blocks: a text that comes out right was computed right.
+"""
+import random
+import zlib
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from ferrum.errors import KVPoolExhausted, UnknownSequence
+from ferrum.scheduler import Limits, Scheduler, Sequence
+
+BLOCK = 16
+
+
+def blocks_for(tokens):
+    return -(-tokens // BLOCK)
+
+
+def next_token(tokens):
+    return zlib.crc32(repr(tokens).encode())
+
+
+class BlockPool:
+    """The KV pool of an engine, with reference counts and copy on write; a step writes tokens, all of its chunks or none."""
+
+    def __init__(self, blocks, max_sequences):
+        self.contents = [[None] * BLOCK for _ in range(blocks)]
+        self.references = [0] * blocks
+        self.tables, self.lengths = {}, {}  # of live sequences
+        self.ids, self.promised = 0, set()  # ids that were given, and those of them that no step has used yet
+        self.max_sequences = max_sequences
+
+    @property
+    def kv_blocks_free(self):
+        return self.references.count(0)
+
+    def new_id(self):
+        self.ids += 1
+        self.promised.add(self.ids)
+        return self.ids
+
+    def fork(self, source, target):
+        self._check_live(source)
+        if len(self.tables) >= self.max_sequences:
+            raise KVPoolExhausted("no place for another sequence")
+        self.promised.remove(target)
+        self.tables[target], self.lengths[target] = list(self.tables[source]), self.lengths[source]
+        for block in self.tables[target]:
+            self.references[block] += 1
+
+    def release(self, sequence):
+        if sequence in self.promised:  # admitted to a step that never ran
+            self.promised.remove(sequence)
+            return
+        self._check_live(sequence)
+        for block in self.tables.pop(sequence):
+            self.references[block] -= 1
+        del self.lengths[sequence]
+
+    def release_all(self):
+        for sequence in [*self.promised, *self.tables]:
+            self.release(sequence)
+
+    def truncate(self, sequence, length):
+        self._check_live(sequence)
+        assert 0 < length <= self.lengths[sequence]
+        table = self.tables[sequence]
+        while len(table) > blocks_for(length):
+            self.references[table.pop()] -= 1
+        self.lengths[sequence] = length
+
+    def step(self, parts):
+        """Append to sequences, given as (sequence, tokens, start)."""
+        need, starting = 0, 0
+        for sequence, tokens, start in parts:
+            assert tokens
+            if sequence in self.promised:
+                assert start == 0
+                starting += 1
+                need += blocks_for(len(tokens))
+                continue
+            self._check_live(sequence)
+            assert start == self.lengths[sequence]
+            shared = start % BLOCK and self.references[self.tables[sequence][-1]] > 1
+            need += blocks_for(start + len(tokens)) - blocks_for(start) + bool(shared)
+        if need > self.kv_blocks_free:
+            raise KVPoolExhausted(f"need {need} blocks, {self.kv_blocks_free} are free")
+        assert len(self.tables) + starting <= self.max_sequences
+        for sequence, tokens, start in parts:
+            self._write(sequence, tokens)
+
+    def read(self, sequence):
+        table = self.tables[sequence]
+        return [self.contents[table[p // BLOCK]][p % BLOCK] for p in range(self.lengths[sequence])]
+
+    def _write(self, sequence, tokens):
+        if sequence in self.promised:
+            self.promised.remove(sequence)
+            self.tables[sequence], self.lengths[sequence] = [], 0
+        table = self.tables[sequence]
+        for token in tokens:
+            at = self.lengths[sequence]
+            if at % BLOCK == 0:
+                table.append(self._take())
+            elif self.references[table[-1]] > 1:
+                old, table[-1] = table[-1], self._take()
+                self.references[old] -= 1
+                self.contents[table[-1]] = list(self.contents[old])
+            self.contents[table[-1]][at % BLOCK] = token
+            self.lengths[sequence] += 1
+
+    def _take(self):
+        block = self.references.index(0)
+        self.references[block] = 1
+        return block
+
+    def _check_live(self, sequence):
+        if sequence not in self.tables:
+            raise UnknownSequence(f"sequence {sequence} is not live")
+
+
+@dataclass(eq=False)
+class Job:
+    """What a caller wants of one sequence: `limit` new tokens, or all rows of a given one; and what it got."""
+
+    sequence: Sequence
+    first: int  # tokens that were given
+    limit: int
+    keep: bool = False  # a session's: it stays in the pool when it ends
+    forks: int = 0  # sequences that begin with it once it is read
+    scored: bool = False  # they are continuations to score, else texts
+    wanted: set = field(default_factory=set)  # positions whose rows are owed
+    deadline: int = 0  # the step by which it has ended if it is not paused
+
+    @property
+    def total(self):
+        """The most tokens that it computes, or its forks do."""
+        return (len(self.sequence.tokens) + self.limit) * (1 + self.forks)
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C."""
+
+
+class Callers:
+    """Everybody who uses a scheduler, and the rules that it must keep."""
+
+    def __init__(self, rng, *, blocks, max_sequences, prefill_chunk, max_logit_rows):
+        self.rng = rng
+        self.limits = Limits(max_sequences, prefill_chunk, max_logit_rows)
+        self.pool = BlockPool(blocks, max_sequences)
+        self.scheduler = Scheduler(self.pool, self.limits)
+        self.capacity = blocks * BLOCK
+        self.jobs = []  # unfinished
+        self.idle = []  # sessions between two turns
+        self.steps = 0
+        self.finished = 0
+
+    # What callers do
+
+    def _size(self):
+        """Lengths of a prompt and a text that fit the pool when alone."""
+        total = self.rng.choice((self.rng.randint(2, self.capacity), self.rng.randint(2, min(40, self.capacity)), self.capacity))
+        given = self.rng.randint(1, total - 1)
+        return given, min(total - given, 30)
+
+    def _start(self, job, *, queue=True):
+        sequence = job.sequence
+        job.wanted = set(range(sequence.wanted_from, sequence.goal))
+        if queue:
+            self.scheduler.add(sequence)
+        self.jobs.append(job)
+        self._expect_end(job)
+
+    def _expect_end(self, job):
+        """A job ends within as many steps as there are tokens to compute now, and delays nobody before it in order."""
+        job.deadline = self.steps + sum(other.total for other in self.jobs)
+        for other in self.jobs:
+            if other.sequence.order() > job.sequence.order():
+                other.deadline += job.total
+
+    def add_text(self, priority=0, all_rows=False, keep=False):
+        given, limit = self._size()
+        tokens = [self.rng.randrange(1000) for _ in range(given)]
+        wanted_from = self.rng.randrange(given) if all_rows else given - 1
+        if all_rows and self.rng.random() < 0.5:
+            wanted_from = 0
+        self._start(Job(Sequence(tokens, wanted_from, priority=priority), given, limit, keep))
+
+    def add_group(self, forks):
+        """A prompt whose texts are forked from it once it is read."""
+        given, limit = self._size()
+        tokens = [self.rng.randrange(1000) for _ in range(given)]
+        self._start(Job(Sequence(tokens, self.rng.choice((0, given - 1))), given, limit, forks=forks))
+
+    def add_scores(self, parts):
+        """Continuations of a prompt whose rows are all wanted but the last."""
+        prompt = [self.rng.randrange(1000) for _ in range(self.rng.randint(2, self.capacity // 2))]
+        source = Sequence(prompt[:-1], len(prompt))
+        self._start(Job(source, len(source.tokens), self.capacity // 2, forks=parts, scored=True))
+
+    def pause(self):
+        if self.jobs:
+            self.rng.choice(self.jobs).sequence.active = False
+
+    def resume(self):
+        paused = [job for job in self.jobs if not job.sequence.active and job.sequence.pending]
+        if paused:
+            job = self.rng.choice(paused)
+            job.sequence.active = True
+            self._expect_end(job)
+
+    def remove(self):
+        if self.jobs:
+            job = self.rng.choice(self.jobs)
+            self.jobs.remove(job)
+            self._leave(job)
+
+    def _leave(self, job):
+        """A job ends, early or not: a session's tokens stay as far as they are computed."""
+        if job.keep:
+            job.sequence.active = False
+            job.sequence.tokens = job.sequence.tokens[: job.sequence.computed]
+            self.idle.append(job)
+        else:
+            self.scheduler.remove(job.sequence)
+
+    def next_turn(self):
+        """A session goes on with a text that begins like what it has, or not."""
+        if not self.idle:
+            return
+        job = self.idle.pop(self.rng.randrange(len(self.idle)))
+        kept = job.sequence
+        same = self.rng.randint(0, len(kept.tokens))
+        given, limit = self._size()
+        tokens = (kept.tokens[:same] + [self.rng.randrange(1000, 2000) for _ in range(self.capacity)])[:given]
+        kept.active, kept.wanted_from = True, given - 1
+        self.scheduler.rewind(kept, tokens, min(same, given - 1))
+        self._start(Job(kept, given, limit, keep=True), queue=False)
+
+    def close_session(self):
+        if self.idle:
+            self.scheduler.remove(self.idle.pop().sequence)
+
+    # Steps
+
+    def step(self, interrupt_at=None):
+        """One step; interrupted at one of four places if asked."""
+        try:
+            self._step(interrupt_at)
+        except Interrupted:
+            self.pool.release_all()
+            self.scheduler.start_over([job.sequence for job in self.jobs])
+            for job in self.jobs:
+                job.deadline = self.steps + 2 * sum(other.total for other in self.jobs)
+        self.check()
+
+    def _step(self, interrupt_at):
+        waited = set(self.scheduler.waiting)
+        ran = set(self.scheduler.running)
+        chunks = self.scheduler.schedule()
+        self.steps += 1
+        self._check_plan(chunks, waited, ran)
+        if interrupt_at == 0:
+            raise Interrupted
+        self.pool.step([(chunk.sequence.engine_id, chunk.sequence.tokens[chunk.sequence.computed :][: chunk.tokens], chunk.sequence.computed)
+                        for chunk in chunks])
+        if interrupt_at == 1:
+            raise Interrupted
+        read = {chunk.sequence: self.pool.read(chunk.sequence.engine_id) for chunk in chunks}
+        for chunk in chunks:
+            self._take_rows(chunk, read[chunk.sequence])
+            if interrupt_at == 2:
+                raise Interrupted
+        self.scheduler.commit(chunks)
+        if interrupt_at == 3:
+            raise Interrupted
+        self._end_jobs()
+
+    def _check_plan(self, chunks, waited, ran):
+        able = [job.sequence for job in self.jobs if job.sequence.active and job.sequence.pending]
+        assert bool(chunks) == bool(able)
+        planned = [chunk.sequence for chunk in chunks]
+        assert len(set(planned)) == len(planned) and set(planned) <= set(able)
+        assert all(0 < chunk.tokens <= chunk.sequence.pending and 0 <= chunk.rows <= chunk.tokens for chunk in chunks)
+        assert sum(chunk.tokens for chunk in chunks if chunk.tokens > 1) <= self.limits.prefill_chunk
+        assert sum(chunk.tokens for chunk in chunks) <= self.limits.prefill_chunk + self.limits.max_sequences
+        assert sum(chunk.rows for chunk in chunks) <= self.limits.max_logit_rows
+        assert len(self.scheduler.running) <= self.limits.max_sequences
+        still = {sequence for sequence in self.scheduler.waiting if sequence.active}
+        for sequence in set(planned) & waited:
+            assert all(sequence.order() < other.order() for other in still), "a sequence was overtaken"
+        for sequence in still & ran:
+            assert all(other.order() < sequence.order() for other in planned), "a sequence was put back for one behind it"
+
+    def _take_rows(self, chunk, cached):
+        sequence = chunk.sequence
+        end = sequence.computed + chunk.tokens
+        assert cached == sequence.tokens[:end]
+        (job,) = (job for job in self.jobs if job.sequence is sequence)
+        for position in range(end - chunk.rows, end):
+            if position in job.wanted or chunk.logits != "all":
+                job.wanted.remove(position)  # fails for a row that was given before
+            sequence.wanted_from = max(sequence.wanted_from, position + 1)
+        grown = len(sequence.tokens) - job.first
+        if end == len(sequence.tokens) and not job.forks and not sequence.excess and chunk.rows:
+            assert sequence.tokens[job.first :] == self._expected(sequence.tokens[: job.first], grown)
+            if grown + 1 < job.limit:
+                sequence.append(next_token(cached))
+                job.wanted.add(len(sequence.tokens) - 1)
+
+    @staticmethod
+    def _expected(tokens, count):
+        tokens = list(tokens)
+        for _ in range(count):
+            tokens.append(next_token(tokens))
+        return tokens[len(tokens) - count :]
+
+    def _end_jobs(self):
+        for job in list(self.jobs):
+            if job.sequence.pending:
+                continue
+            assert not job.wanted, "a row was not given"
+            self.jobs.remove(job)
+            self.finished += 1
+            if job.forks:
+                self._fork(job)
+            else:
+                self._leave(job)
+
+    def _fork(self, job):
+        source = job.sequence
+        source.active = False
+        for index in range(job.forks):
+            if job.scored:
+                tail = [index, *(self.rng.randrange(1000) for _ in range(self.rng.randint(1, max(1, job.limit - 2))))]
+                part = Sequence(source.tokens + tail, len(source.tokens), excess=1, source=source)
+                self._start(Job(part, len(part.tokens), 0))
+            elif job.limit > 1:
+                part = Sequence([*source.tokens, next_token(source.tokens)], len(source.tokens), source=source)
+                self._start(Job(part, job.first, job.limit))
+        if not job.scored and job.limit == 1:
+            self.scheduler.remove(source)
+
+    def check(self):
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        assert len({*running, *waiting}) == len(running) + len(waiting)
+        assert list(running) == sorted(running, key=Sequence.order) and list(waiting) == sorted(waiting, key=Sequence.order)
+        assert {sequence.engine_id for sequence in running} == {*self.pool.tables, *self.pool.promised}
+        assert all(sequence.engine_id is None for sequence in waiting)
+        assert all(sequence.computed == self.pool.lengths.get(sequence.engine_id, 0) for sequence in running)
+        for job in self.jobs:
+            assert not job.sequence.active or self.steps <= job.deadline, "a sequence starves"
+
+    def finish(self):
+        """Everybody resumes, and ends within as many steps as there are tokens; then everything goes."""
+        while any(not job.sequence.active and job.sequence.pending for job in self.jobs):
+            self.resume()
+        while self.jobs:
+            self.step()
+        while self.idle:
+            self.close_session()
+        assert self.scheduler.running == self.scheduler.waiting == ()
+        assert self.pool.kv_blocks_free == len(self.pool.contents) and not self.pool.promised
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(blocks=st.integers(2, 12), max_sequences=st.integers(1, 5), prefill_chunk=st.integers(1, 70), max_logit_rows=st.integers(1, 6),
+                seed=st.integers(0, 1 << 30))
+    def start(self, blocks, max_sequences, prefill_chunk, max_logit_rows, seed):
+        self.callers = Callers(random.Random(seed), blocks=blocks, max_sequences=max_sequences, prefill_chunk=prefill_chunk,
+                               max_logit_rows=max_logit_rows)
+
+    @rule(priority=st.sampled_from((0, 0, 0, -1, 1)), all_rows=st.booleans(), keep=st.booleans())
+    def add_text(self, priority, all_rows, keep):
+        self.callers.add_text(priority, all_rows, keep)
+
+    @rule(forks=st.integers(2, 6))
+    def add_group(self, forks):
+        self.callers.add_group(forks)
+
+    @rule(parts=st.integers(1, 6))
+    def add_scores(self, parts):
+        self.callers.add_scores(parts)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count):
+        for _ in range(count):
+            self.callers.step()
+
+    @rule(at=st.integers(0, 3))
+    def interrupted_step(self, at):
+        self.callers.step(interrupt_at=at)
+
+    @rule()
+    def pause(self):
+        self.callers.pause()
+
+    @rule()
+    def resume(self):
+        self.callers.resume()
+
+    @rule()
+    def remove(self):
+        self.callers.remove()
+
+    @rule()
+    def next_turn(self):
+        self.callers.next_turn()
+
+    @rule()
+    def close_session(self):
+        self.callers.close_session()
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "callers"):
+            self.callers.check()
+
+    def teardown(self):
+        if hasattr(self, "callers"):
+            self.callers.finish()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(blocks=6, max_sequences=4, prefill_chunk=32, max_logit_rows=4),
+    dict(blocks=24, max_sequences=8, prefill_chunk=64, max_logit_rows=3),
+    dict(blocks=3, max_sequences=3, prefill_chunk=7, max_logit_rows=1),
+    dict(blocks=10, max_sequences=1, prefill_chunk=16, max_logit_rows=2),
+], ids=lambda sizes: "-".join(map(str, sizes.values())))
+def test_a_long_history_keeps_every_rule(sizes):
+    rng = random.Random(11)
+    callers = Callers(rng, **sizes)
+    while callers.finished < 800:
+        action = rng.random()
+        if action < 0.10 and len(callers.jobs) < 12:
+            callers.add_text(rng.choice((0, 0, 0, -1, 1)), rng.random() < 0.3, rng.random() < 0.3)
+        elif action < 0.12 and len(callers.jobs) < 12:
+            callers.add_group(rng.randint(2, 5))
+        elif action < 0.14 and len(callers.jobs) < 12:
+            callers.add_scores(rng.randint(1, 5))
+        elif action < 0.18:
+            callers.pause()
+        elif action < 0.26:
+            callers.resume()
+        elif action < 0.28:
+            callers.remove()
+        elif action < 0.32:
+            callers.next_turn()
+        elif action < 0.325:
+            callers.close_session()
+        else:
+            callers.step(rng.choice((0, 1, 2, 3)) if rng.random() < 0.01 else None)
+    assert callers.scheduler.preemptions > 20
+    callers.finish()
+
+
+def run_to_end(scheduler, pool, sequences):
+    """Steps until nothing is pending; the number of steps."""
+    steps = 0
+    while any(sequence.pending for sequence in sequences):
+        chunks = scheduler.schedule()
+        assert chunks
+        pool.step([(chunk.sequence.engine_id, chunk.sequence.tokens[chunk.sequence.computed :][: chunk.tokens], chunk.sequence.computed)
+                   for chunk in chunks])
+        scheduler.commit(chunks)
+        steps += 1
+    return steps
+
+
+def test_forks_of_a_prompt_that_fills_the_pool_run_one_after_the_other():
+    pool = BlockPool(4, 8)
+    scheduler = Scheduler(pool, Limits(8, 64, 8))
+    prompt = Sequence(list(range(60)), 59)
+    scheduler.add(prompt)
+    run_to_end(scheduler, pool, [prompt])
+    prompt.active = False
+    forks = [Sequence([*range(60), index], 60, source=prompt) for index in range(3)]
+    for fork in forks:
+        scheduler.add(fork)
+    for fork in forks:
+        run_to_end(scheduler, pool, [fork])
+        assert pool.read(fork.engine_id) == fork.tokens
+        scheduler.remove(fork)
+    assert pool.kv_blocks_free == 4
+
+
+def test_a_session_that_lost_its_blocks_while_paused_stands_in_the_queue_once():
+    pool = BlockPool(4, 8)
+    scheduler = Scheduler(pool, Limits(8, 64, 8))
+    session, other = Sequence(list(range(30)), 29), Sequence(list(range(60)), 59)
+    scheduler.add(session)
+    run_to_end(scheduler, pool, [session])
+    session.append(7)
+    session.active = False
+    scheduler.add(other)
+    run_to_end(scheduler, pool, [other])
+    assert scheduler.waiting == (session,)
+    session.tokens, session.active = [], True  # the turn was ended here
+    scheduler.rewind(session, list(range(20)), 0)
+    assert scheduler.waiting == (session,)
+    scheduler.remove(other)
+    run_to_end(scheduler, pool, [session])
+    assert (scheduler.running, scheduler.waiting) == ((session,), ())
+
+
+def test_paused_sequences_leave_the_queue_its_room():
+    scheduler = Scheduler(BlockPool(4, 8), Limits(8, 64, 8, max_waiting=2))
+    for _ in range(5):
+        sequence = Sequence([1, 2], 1)
+        sequence.active = False
+        scheduler.add(sequence)
+    assert scheduler.room == 2
+    scheduler.add(Sequence([1, 2], 1))
+    assert scheduler.room == 1
