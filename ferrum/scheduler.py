@@ -52,7 +52,7 @@ class Sequence:
     them. `source`: a sequence whose tokens this one begins with, to be forked from.
     """
 
-    __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "arrival", "engine_id", "source", "forks",
+    __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "arrival", "engine_id", "queues", "source", "forks",
                  "shared_tail", "owner")
 
     def __init__(self, tokens: list[int], wanted_from: int, *, owner: Any = None, priority: int = 0, excess: int = 0,
@@ -65,6 +65,7 @@ class Sequence:
         self.priority = priority
         self.arrival = -1
         self.engine_id: int | None = None  # while it holds KV blocks
+        self.queues = False  # it holds KV blocks of a text before, and goes on once nobody waits who came before it
         self.source = source
         self.forks = 0  # waiting sequences whose source this is
         self.shared_tail = False  # its last block may be shared with a fork: the next write may need one block more
@@ -79,6 +80,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to compute."""
         return len(self.tokens) - self.excess - self.computed
+
+    @property
+    def runs(self) -> bool:
+        """Whether it takes part in steps while it holds KV blocks; others may have them otherwise."""
+        return self.active and not self.queues and self.pending > 0
 
     def append(self, token: int) -> None:
         """Add the token that the last logits gave; its own are wanted next."""
@@ -160,6 +166,7 @@ class Scheduler:
         sequence.computed = min(length, sequence.computed)
         self._running.remove(sequence)
         sequence.arrival = next(self._arrivals)
+        sequence.queues = True
         insort(self._running, sequence, key=Sequence.order)
 
     def start_over(self, unfinished: Iterable[Sequence]) -> None:
@@ -168,7 +175,7 @@ class Scheduler:
         for sequence in {*self._running, *self._waiting, *unfinished}:
             sequence.engine_id = sequence.source = None
             sequence.computed = sequence.forks = 0
-            sequence.shared_tail = False
+            sequence.shared_tail = sequence.queues = False
         self._running.clear()
         self._waiting.clear()
         for sequence in unfinished:
@@ -181,8 +188,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         room = _Room(self._pool.kv_blocks_free, self._limits.prefill_chunk, self._limits.max_logit_rows)
         settled = True
+        first = self._next_waiting()
         for sequence in tuple(self._running):
-            if sequence.engine_id is None or not sequence.active or not sequence.pending:
+            sequence.queues &= first is not None and first.order() < sequence.order()
+            if sequence.engine_id is None or not sequence.runs:
                 continue  # put back a moment ago, or idle
             settled &= self._continue(sequence, chunks, room)
         while settled and room.prompt_tokens and room.rows and (sequence := self._next_waiting()):
@@ -219,13 +228,13 @@ class Scheduler:
         while len(self._running) >= self._limits.max_sequences and (idle := self._idle(but=source)):
             self._put_back(idle)
         if len(self._running) >= self._limits.max_sequences and not take_over:
-            if source is None or self._any_active():
+            if source is None or self._any_runs():
                 return False
             take_over = True
         while not self._fits(sequence):
             idle = self._idle(but=source)
             if idle is None:
-                if self._any_active():
+                if self._any_runs():
                     return False
                 take_over = source is not None  # alone: the other forks compute their own beginning, and the engine has the last word
                 break
@@ -267,7 +276,7 @@ class Scheduler:
             return pending, 1
         if plain > 0:
             return min(plain, room.prompt_tokens), 0
-        others = sum(other.active and other.pending > 0 for other in self._running) - 1
+        others = sum(other.runs for other in self._running) - 1
         tokens = min(pending, room.prompt_tokens, max(room.rows - others, min(room.rows, 1)))
         return tokens, tokens
 
@@ -288,11 +297,11 @@ class Scheduler:
         size = self._limits.block_tokens
         start = sequence.source.computed if sequence.source is not None else 0
         need = -(-sequence.goal // size) - -(-start // size) + (start % size != 0)
-        planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.active)
+        planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.runs)
         return need + planned <= self._pool.kv_blocks_free
 
-    def _any_active(self) -> bool:
-        return any(sequence.active for sequence in self._running)
+    def _any_runs(self) -> bool:
+        return any(sequence.runs for sequence in self._running)
 
     def _next_waiting(self) -> Sequence | None:
         return next((sequence for sequence in self._waiting if sequence.active), None)
@@ -307,7 +316,7 @@ class Scheduler:
 
     def _idle(self, but: Sequence | None) -> Sequence | None:
         """The last in order that only keeps blocks; one that forks wait for only where there is no other."""
-        idle = [other for other in self._running if other is not but and not (other.active and other.pending)]
+        idle = [other for other in self._running if other is not but and not other.runs]
         return max(idle, key=lambda other: (not other.forks, other.order()), default=None)
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -341,7 +350,7 @@ class Scheduler:
         self._running.remove(sequence)
         sequence.engine_id = None
         sequence.computed = 0
-        sequence.shared_tail = False
+        sequence.shared_tail = sequence.queues = False
 
 
 @dataclass

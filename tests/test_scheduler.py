@@ -262,7 +262,7 @@ class Callers:
 
     def _step(self, interrupt_at):
         waited = set(self.scheduler.waiting)
-        ran = set(self.scheduler.running)
+        ran = {sequence for sequence in self.scheduler.running if not sequence.queues}
         chunks = self.scheduler.schedule()
         self.steps += 1
         self._check_plan(chunks, waited, ran)
@@ -522,3 +522,31 @@ def test_paused_sequences_leave_the_queue_its_room():
     assert scheduler.room == 2
     scheduler.add(Sequence([1, 2], 1))
     assert scheduler.room == 1
+
+
+def test_sessions_that_never_pause_starve_nobody():
+    pool = BlockPool(10, 4)
+    scheduler = Scheduler(pool, Limits(4, 64, 4))
+    sessions = [Sequence([index] * 50, 49) for index in range(2)]
+    for session in sessions:
+        scheduler.add(session)
+    run_to_end(scheduler, pool, sessions)
+    large = Sequence([2] * 150, 149)
+    scheduler.add(large)
+    for session in sessions:
+        session.append(7)
+    steps = 0
+    while large.pending:
+        steps += 1
+        assert steps < 200
+        chunks = scheduler.schedule()
+        pool.step([(part.engine_id, part.tokens[part.computed :][:count], part.computed) for part, count, _ in chunks])
+        scheduler.commit(chunks)
+        for session in sessions:
+            if session.pending:
+                continue
+            if len(session.tokens) < 53 + sessions.index(session):  # so that the two never end at once
+                session.append(7)
+            else:
+                session.wanted_from = 50
+                scheduler.rewind(session, session.tokens[:50] + [8], 50)
