@@ -298,7 +298,8 @@ class EngineLoop:
                         item.sequence = None
                 else:
                     item.cancel()
-                    self._forget(item)
+                    if id(item) in self._requests:  # else it never ran, or the step that it was dropped in has forgotten it
+                        self._forget(item)
                 self._dropped.popleft()
         except RuntimeError:  # this thread is inside a call of the engine: a later step releases the rest
             return

@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -40,7 +41,7 @@ class Stream:
 
     The text goes on only while somebody waits for its next piece. Close the stream (or leave its `with` block, or drop it) to end early:
     its KV cache is released, where a step is running by the next one, and `output` holds what was generated. One
-    thread at a time may iterate a stream.
+    thread at a time may iterate a stream; any thread, and a signal handler, may close it.
     """
 
     def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None):
@@ -59,7 +60,7 @@ class Stream:
         assert request.stream is not None
         if not request.stream and not request.finished:
             self._wait()
-        if request.stream:
+        with suppress(IndexError):  # at the end, and where a signal handler has closed the stream a moment ago
             return request.stream.popleft()
         if request.error is not None and not self._raised:
             self._raised = True
