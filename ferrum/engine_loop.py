@@ -285,6 +285,7 @@ class EngineLoop:
         kept.owner, kept.active, kept.wanted_from = text, True, wanted_from
         text.sequence = kept
         self._scheduler.rewind(kept, tokens, min(same, wanted_from))
+        request.num_cached_tokens = kept.computed
 
     def _release_dropped(self) -> None:
         try:

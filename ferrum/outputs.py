@@ -68,7 +68,7 @@ class Timings:
 
     `load_s`: opening the model; `first_token_s`: from the call to the first token; `prefill_s`: the steps that read the
     prompt and gave the first token; `decode_s`: the steps of all further tokens. A step counts whole for every request
-    in it.
+    in it. Tokens that were in the KV cache before count in no speed.
     """
 
     load_s: float
@@ -85,6 +85,7 @@ class RequestOutput:
 
     `prompt` is None where token ids were given. `prompt_logprobs` [prompt tokens]: as `CompletionOutput.logprobs`, None for
     the first token, which nothing comes before; None unless asked for. `finished` is False for a stream that still runs.
+    `num_cached_tokens` of the prompt were in the KV cache before, from a session's turn before.
     """
 
     request_id: str
@@ -95,6 +96,7 @@ class RequestOutput:
     finished: bool
     usage: Usage
     timings: Timings
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True)

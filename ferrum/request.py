@@ -129,6 +129,7 @@ class Request:
             wanted_from = len(prompt_token_ids) - 1 if self.prompt_logprobs is None else 0
             self.prompt_sequence = Sequence(list(prompt_token_ids), wanted_from, owner=self, priority=priority)
         self.error: BaseException | None = None
+        self.num_cached_tokens = 0
         self.load_s = load_s
         self.first_token_s = 0.0
         self.prefill_s = 0.0
@@ -188,9 +189,10 @@ class Request:
             usage=Usage(prompt_tokens, tokens, prompt_tokens + tokens),
             timings=Timings(
                 load_s=self.load_s, first_token_s=self.first_token_s, prefill_s=self.prefill_s, decode_s=self.decode_s,
-                prefill_tokens_per_s=_rate(prompt_tokens, self.prefill_s),
+                prefill_tokens_per_s=_rate(prompt_tokens - self.num_cached_tokens, self.prefill_s),
                 decode_tokens_per_s=_rate(tokens - len(self.texts), self.decode_s),
             ),
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 

@@ -56,6 +56,9 @@ def test_the_next_turn_computes_only_what_is_new(llm):
         list(second := session.stream(text, GREEDY))
         new_tokens = len(second.prompt_token_ids) - kept
         assert computed(llm) - before == new_tokens + len(second.completion.token_ids) - 1
+        assert second.output.num_cached_tokens == kept
+        timings = second.output.timings
+        assert timings.prefill_tokens_per_s == pytest.approx(new_tokens / timings.prefill_s)
         assert second.completion.token_ids == llm.generate(text, GREEDY)[0].outputs[0].token_ids
     assert llm.engine.stats()["live_sequences"] == 0
 
