@@ -168,6 +168,19 @@ def test_a_terminal_shows_the_prompt_first(greedy):
     assert plain.startswith(f"{PROMPT}{greedy.text}\n[prefill ")
 
 
+def test_control_characters_of_a_text_do_not_steer_a_terminal():
+    with LLM(threads=1, kv_tokens=64) as llm:
+        (escape,), newline = llm.tokenize("\x1b"), llm.tokenize("\n")[0]
+    only = ["--allowed-token-id", str(escape), "--allowed-token-id", str(newline), "--threads", "1", "-n", "12", "--seed", "1", "--temperature", "9"]
+    code, exact, _ = ferrum("generate", PROMPT, *only)
+    assert code == 0 and set(exact) == {"\x1b", "\n"}
+    code, shown = on_a_terminal("generate", PROMPT + "\x9b2J", *only, NO_COLOR="1")
+    assert code == 0 and "\x1b" not in shown and "\x9b" not in shown
+    assert shown.startswith(PROMPT + r"\x9b2J") and r"\x1b" in shown
+    code, shown = on_a_terminal("generate", PROMPT, *only, "--num-samples", "2", NO_COLOR="1")
+    assert code == 0 and "\x1b" not in shown and shown.count(r"\x1b") > 2
+
+
 def test_no_prompt_on_a_terminal_is_explained_with_an_example():
     code, shown = on_a_terminal("generate")
     assert code == 2

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
-from ferrum.cli.output import BOLD, DIM, ProgressLine, json_line, note, program, size, styled
+from ferrum.cli.output import BOLD, DIM, json_line, note, program, shown, styled
 from ferrum.cli.profile_table import profile_lines
+from ferrum.cli.running import ending, first_token, load, log_to_stderr, rate, reading, sampling_params, template_variables, tokens
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
 from ferrum.sampling import SamplingParams
@@ -61,35 +61,20 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, params)
     prompt = _read_prompt(arguments.prompt)
     if arguments.verbose:
-        _log_to_stderr()
+        log_to_stderr()
     with load(arguments.model, options) as llm:
         if params.n == 1:
-            stream = llm.stream_chat(_messages(arguments, prompt), params, **_template_variables(arguments)) if arguments.chat else llm.stream(prompt, params)
+            stream = llm.stream_chat(_messages(arguments, prompt), params, **template_variables(arguments)) if arguments.chat else llm.stream(prompt, params)
             interrupted = _stream(stream, arguments, shown_prompt="" if arguments.chat else prompt)
         else:
             interrupted = False
-            outputs = llm.chat(_messages(arguments, prompt), params, **_template_variables(arguments)) if arguments.chat else llm.generate(prompt, params)
+            outputs = llm.chat(_messages(arguments, prompt), params, **template_variables(arguments)) if arguments.chat else llm.generate(prompt, params)
             _show_all(outputs[0], arguments)
         if not arguments.json:
             _hint(llm, arguments)
         if profile := llm.profile():
             note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
     return 130 if interrupted else 0
-
-
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    given = given_settings(arguments, SamplingParams)
-    if "stop" in given:
-        given["stop"] = tuple(utf8(text, "--stop") for text in given["stop"])
-    return SamplingParams(**given)
-
-
-def load(model: str | None, options: dict[str, Any]) -> LLM:
-    """The model, with a line of progress on a terminal while a large file is read."""
-    from ferrum.llm import LLM
-
-    with ProgressLine() as line:
-        return LLM(model, **options, progress=lambda done, total: line.show(f"loading {done / total:.0%} of {size(total)}"))
 
 
 def _check(arguments: argparse.Namespace, params: SamplingParams) -> None:
@@ -103,10 +88,6 @@ def _check(arguments: argparse.Namespace, params: SamplingParams) -> None:
 def _messages(arguments: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
     system = [] if arguments.system is None else [{"role": "system", "content": utf8(arguments.system, "--system")}]
     return [*system, {"role": "user", "content": prompt}]
-
-
-def _template_variables(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"enable_thinking": False} if arguments.no_think else {}
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -144,33 +125,27 @@ def _stream(stream: Stream, arguments: argparse.Namespace, shown_prompt: str) ->
 def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
     """Run the stream to its end, or to Ctrl-C, and show the text; whether it was Ctrl-C."""
     out = sys.stdout
-    shown = 0
+    length = 0
     interrupted = False
     if not silent and out.isatty():
-        out.write(styled(prompt, BOLD, out))
+        out.write(styled(shown(prompt, out), BOLD, out))
         out.flush()
     try:
         with reading(stream):
             first = next(stream, None)
         while first is not None:
             if not silent:
-                out.write(first.text)
+                out.write(shown(first.text, out))
                 out.flush()
-                shown += len(first.text)
+                length += len(first.text)
             first = next(stream, None)
     except KeyboardInterrupt:
         interrupted = True
         stream.close()
     if not silent:
-        out.write(stream.completion.text[shown:] + "\n")
+        out.write(shown(stream.completion.text[length:], out) + "\n")
         out.flush()
     return interrupted
-
-
-def reading(stream: Stream) -> ProgressLine:
-    """A line of progress on a terminal while a long prompt is read."""
-    total = len(stream.prompt_token_ids)
-    return ProgressLine(lambda: f"reading the prompt: {stream.prompt_tokens_read} of {total} tokens")
 
 
 def _show_all(output: RequestOutput, arguments: argparse.Namespace) -> None:
@@ -181,7 +156,7 @@ def _show_all(output: RequestOutput, arguments: argparse.Namespace) -> None:
         else:
             seed = "" if completion.seed is None else f", seed {completion.seed}"
             print(styled(f"[{completion.index + 1} of {len(output.outputs)}{seed}]", DIM, sys.stdout))
-            print(completion.text)
+            print(shown(completion.text, sys.stdout))
     if not arguments.json:
         note(styled(_statistics(output), DIM, sys.stderr))
 
@@ -194,35 +169,13 @@ def _hint(llm: LLM, arguments: argparse.Namespace) -> None:
 def _statistics(output: RequestOutput) -> str:
     usage, timings, texts = output.usage, output.timings, output.outputs
     decoded = max(usage.completion_tokens - len(texts), 0)  # the first token of each text comes from the prefill
-    parts = [f"prefill {_tokens(usage.prompt_tokens)}"]
+    parts = [f"prefill {tokens(usage.prompt_tokens)}"]
     if usage.completion_tokens:
-        parts[0] += f" {_rate(timings.prefill_tokens_per_s)}"
-        parts.append(f"decode {_tokens(decoded)}" + (f" {_rate(timings.decode_tokens_per_s)}" if decoded else ""))
-        first = timings.first_token_s
-        parts.append(f"first token {first * 1000:.0f} ms" if first < 1 else f"first token {first:.1f} s")
-    parts.append(_ending(texts[0]) if len(texts) == 1 else f"{len(texts)} texts")
+        parts[0] += f" {rate(timings.prefill_tokens_per_s)}"
+        parts.append(f"decode {tokens(decoded)}" + (f" {rate(timings.decode_tokens_per_s)}" if decoded else ""))
+        parts.append(first_token(timings))
+    parts.append(ending(texts[0]) if len(texts) == 1 else f"{len(texts)} texts")
     return f"[{', '.join(parts)}]"
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
-
-
-def _rate(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:.0f}/s" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}/s"
-
-
-def _ending(completion: CompletionOutput) -> str:
-    """Why the text ended."""
-    if completion.finish_reason == "cancelled":
-        return "Ctrl-C"
-    if completion.notice:
-        return completion.notice.rstrip(".")
-    if completion.finish_reason == "length":
-        return f"limit of {_tokens(len(completion.token_ids))} (-n)"
-    if isinstance(completion.stop_reason, str):
-        return f"stop string {completion.stop_reason!r}"
-    return "end of text"
 
 
 def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
@@ -234,11 +187,3 @@ def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
     if output.prompt_logprobs is not None:
         asked["prompt_logprobs"] = [place and {id: asdict(logprob) for id, logprob in place.items()} for place in output.prompt_logprobs]
     return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(output.usage), "timings": asdict(output.timings)})
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("ferrum: %(message)s"))
-    logger = logging.getLogger("ferrum")
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)

@@ -18,6 +18,7 @@ from ferrum.options import color_wanted
 BOLD, DIM = "1", "2"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _CONTROL_IN_ERROR = re.compile(r"(?!(?<=\.)\n)[\x00-\x1f\x7f-\x9f]")
 
 
@@ -56,6 +57,11 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 def printable(text: str) -> str:
     """Text from a file in one line, with control characters written as \\n or \\x1b: it must not steer a terminal."""
     return _CONTROL.sub(_escape, text)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """A text of several lines as it may be written: on a terminal as `printable`, but for its newlines and tabs; elsewhere exact."""
+    return _STEERING.sub(_escape, text) if stream.isatty() else text
 
 
 def note_error(error: object) -> None:
