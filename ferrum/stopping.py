@@ -29,7 +29,7 @@ class StopChecker:
             _, start, self.matched = min(found)
             self._held = ""
             return text[:start]
-        keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
+        keep = len(text) - max(overlap(text, stop) for stop in self._stop)
         self._held = text[keep:]
         return text[:keep]
 
@@ -39,7 +39,7 @@ class StopChecker:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest start of `stop`, short of the whole, that `text` ends with."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
