@@ -63,13 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verbose:
         log_to_stderr()
     with load(arguments.model, options) as llm:
-        if params.n == 1:
-            stream = llm.stream_chat(_messages(arguments, prompt), params, **template_variables(arguments)) if arguments.chat else llm.stream(prompt, params)
-            interrupted = _stream(stream, arguments, shown_prompt="" if arguments.chat else prompt)
+        interrupted = False
+        if params.n > 1:
+            _show_all(_generate(llm, prompt, params, arguments), arguments)
         else:
-            interrupted = False
-            outputs = llm.chat(_messages(arguments, prompt), params, **template_variables(arguments)) if arguments.chat else llm.generate(prompt, params)
-            _show_all(outputs[0], arguments)
+            interrupted = _show(_stream(llm, prompt, params, arguments), arguments, prompt)
         if not arguments.json:
             _hint(llm, arguments)
         if profile := llm.profile():
@@ -110,10 +108,22 @@ def _read_prompt(argument: str | None) -> str:
     return text
 
 
-def _stream(stream: Stream, arguments: argparse.Namespace, shown_prompt: str) -> bool:
+def _generate(llm: LLM, prompt: str, params: SamplingParams, arguments: argparse.Namespace) -> RequestOutput:
+    if arguments.chat:
+        return llm.chat(_messages(arguments, prompt), params, **template_variables(arguments))[0]
+    return llm.generate(prompt, params)[0]
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams, arguments: argparse.Namespace) -> Stream:
+    if arguments.chat:
+        return llm.stream_chat(_messages(arguments, prompt), params, **template_variables(arguments))
+    return llm.stream(prompt, params)
+
+
+def _show(stream: Stream, arguments: argparse.Namespace, prompt: str) -> bool:
     """Show one text as it comes; whether Ctrl-C ended it."""
     with stream:
-        interrupted = _consume(stream, shown_prompt, silent=arguments.json)
+        interrupted = _consume(stream, "" if arguments.chat else prompt, silent=arguments.json)
         output = stream.output
     if arguments.json:
         print(_json_line(output, output.outputs[0]))
@@ -132,13 +142,13 @@ def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
         out.flush()
     try:
         with reading(stream):
-            first = next(stream, None)
-        while first is not None:
+            piece = next(stream, None)
+        while piece is not None:
             if not silent:
-                out.write(shown(first.text, out))
+                out.write(shown(piece.text, out))
                 out.flush()
-                length += len(first.text)
-            first = next(stream, None)
+                length += len(piece.text)
+            piece = next(stream, None)
     except KeyboardInterrupt:
         interrupted = True
         stream.close()
