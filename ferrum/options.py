@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -315,7 +316,22 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
+def state_directory(environ: Mapping[str, str] | None = None) -> str:
+    """Where ferrum keeps what it remembers from run to run, such as what was typed in a chat."""
+    environ = os.environ if environ is None else environ
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Application Support/ferrum")
+    base = environ.get("XDG_STATE_HOME", "")  # a relative path is to be ignored, says the XDG base directory specification
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.local/state"), "ferrum")
+
+
+def cursor_moves(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a terminal can do more than write line after line."""
+    environ = os.environ if environ is None else environ
+    return environ.get("TERM") not in ("dumb", "unknown")
+
+
 def color_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the user lets a terminal show colour (https://no-color.org)."""
     environ = os.environ if environ is None else environ
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return not environ.get("NO_COLOR") and cursor_moves(environ)

@@ -6,7 +6,9 @@ from dataclasses import FrozenInstanceError, dataclass
 import pytest
 
 from ferrum.errors import OptionError
-from ferrum.options import DEFAULT_MODEL, EngineOptions, color_wanted, resolve, setting, settings_of, variable_name
+from ferrum.options import (
+    DEFAULT_MODEL, EngineOptions, color_wanted, cursor_moves, resolve, setting, settings_of, state_directory, variable_name,
+)
 from ferrum.sampling import SamplingParams
 
 
@@ -128,3 +130,17 @@ def test_a_setting_with_commas_takes_one_flag_with_one_or_more_values():
         assert str(error.value) == f"--sizes is {text!r}: expected whole numbers of rows from 1 to 9, with commas between."
     with pytest.raises(OptionError, match="expected whole numbers"):
         rule.check((), "sizes")
+
+
+def test_what_is_remembered_lies_where_the_system_keeps_such_things(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    default = os.path.expanduser("~/.local/state/ferrum")
+    assert state_directory({"XDG_STATE_HOME": "/state"}) == "/state/ferrum"
+    assert state_directory({}) == state_directory({"XDG_STATE_HOME": "not/absolute"}) == default
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert state_directory({"XDG_STATE_HOME": "/state"}) == os.path.expanduser("~/Library/Application Support/ferrum")
+
+
+def test_a_dumb_terminal_moves_no_cursor():
+    assert cursor_moves({"TERM": "xterm"}) and cursor_moves({})
+    assert not cursor_moves({"TERM": "dumb"}) and not cursor_moves({"TERM": "unknown"})

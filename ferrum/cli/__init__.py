@@ -14,6 +14,7 @@ from ferrum.cli.output import close_quietly, note, note_error, prepare_streams, 
 # name: (module, what it does)
 COMMANDS = {
     "generate": ("ferrum.cli.generate", "continue a text"),
+    "chat": ("ferrum.cli.chat", "talk with the model, turn by turn"),
     "bench": ("ferrum.cli.bench", "measure how fast a model runs on this machine"),
     "inspect": ("ferrum.cli.inspect", "show what is in a model file and what memory it would take"),
 }
@@ -84,7 +85,8 @@ commands:
   {program()} --version shows the version.
 
 start here:
-  {program()} generate "Once upon a time\""""
+  {program()} generate "Once upon a time"
+  {program()} chat"""
 
 
 def _unknown(name: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from typing import Any, NoReturn
 
@@ -75,22 +76,23 @@ class Parser(argparse.ArgumentParser):
         )
         add_settings(group, EngineOptions)
 
-    def add_output(self, json_help: str, verbose_help: str = "") -> None:
-        """The flags about what is shown; --verbose where a command has it."""
+    def add_output(self, json_help: str = "", verbose_help: str = "") -> None:
+        """The flags about what is shown; --json and --verbose where a command has them."""
         group = self.add_argument_group("output")
-        group.add_argument("--json", action="store_true", help=json_help)
+        if json_help:
+            group.add_argument("--json", action="store_true", help=json_help)
         if verbose_help:
             group.add_argument("--verbose", action="store_true", help=verbose_help)
         group.add_argument("-h", "--help", action="help", help="show this page")
 
 
-def add_settings(group: argparse._ArgumentGroup, cls: type) -> None:
-    """A flag for every setting of a dataclass that has one."""
+def add_settings(group: argparse._ArgumentGroup, cls: type, *, without: Collection[str] = (), defaults: Mapping[str, Any] = {}) -> None:
+    """A flag for every setting of a dataclass that has one; `defaults` are shown where a command has its own."""
     for name, (field, rule) in settings_of(cls).items():
-        if not rule.flag:
+        if not rule.flag or name in without:
             continue
         names = filter(None, (rule.short_flag, flag_name(name, rule)))
-        help = _help(rule, field.default).replace("%", "%%")
+        help = _help(rule, defaults.get(name, field.default)).replace("%", "%%")
         if rule.kind is bool:
             group.add_argument(*names, dest=name, action="store_true", default=None, help=help)
         else:

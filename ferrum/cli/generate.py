@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
 from ferrum.cli.output import BOLD, DIM, json_line, note, program, shown, styled
-from ferrum.cli.profile_table import profile_lines
-from ferrum.cli.running import ending, first_token, load, log_to_stderr, rate, reading, sampling_params, template_variables, tokens
+from ferrum.cli.running import ending, first_token, load, log_to_stderr, note_profile, rate, reading, sampling_params, template_variables, tokens
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
 from ferrum.sampling import SamplingParams
@@ -70,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             interrupted = _show(_stream(llm, prompt, params, arguments), arguments, prompt)
         if not arguments.json:
             _hint(llm, arguments)
-        if profile := llm.profile():
-            note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
+        note_profile(llm)
     return 130 if interrupted else 0
 
 

@@ -94,6 +94,14 @@ def note(text: str) -> None:
         pass
 
 
+def say(text: str, style: str = "") -> None:
+    """A line of a conversation that is not of the model: on stdout where that is a terminal, else for the person on stderr."""
+    if sys.stdout.isatty():
+        print(styled(text, style, sys.stdout) if style else text, flush=True)
+    else:
+        note(styled(text, style, sys.stderr) if style else text)
+
+
 class ProgressLine:
     """A line on a terminal's stderr that is overwritten, and gone at the end of its `with` block; nothing elsewhere.
 

@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import given_settings, utf8
-from ferrum.cli.output import ProgressLine, size
+from ferrum.cli.output import ProgressLine, note, size
+from ferrum.cli.profile_table import profile_lines
 from ferrum.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from ferrum.outputs import CompletionOutput, Timings
 
 
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+def sampling_params(arguments: argparse.Namespace, **defaults: Any) -> SamplingParams:
+    """What the flags say; `defaults` are a command's own."""
     given = given_settings(arguments, SamplingParams)
     if "stop" in given:
         given["stop"] = tuple(utf8(text, "--stop") for text in given["stop"])
-    return SamplingParams(**given)
+    return SamplingParams(**{**defaults, **given})
 
 
 def template_variables(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -65,6 +67,12 @@ def ending(completion: CompletionOutput) -> str:
     if isinstance(completion.stop_reason, str):
         return f"stop string {completion.stop_reason!r}"
     return "end of text"
+
+
+def note_profile(llm: LLM) -> None:
+    """What the ops of all steps cost, where that was asked for."""
+    if profile := llm.profile():
+        note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
 
 
 def log_to_stderr() -> None:
