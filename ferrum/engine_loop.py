@@ -57,8 +57,12 @@ class EngineLoop:
         self._submitted: deque[tuple[Request | Scoring, Retained | None]] = deque()
         self._dropped: deque[Request | Scoring | Retained] = deque()
         self._interrupted = False  # a step was left by an exception that is nobody's in particular, such as Ctrl-C
-        self._turn = threading.Condition(threading.Lock())
+        self._activity: deque[tuple[Request, bool]] = deque()
+        # Entered by itself, not by the condition, whose Python code Ctrl-C could leave with the lock taken; a signal handler may enter again.
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._driver: object | None = None
+        self._driving_thread = 0
         self._endings = 0  # requests that have ended
         self._process = os.getpid()
         self.last_step = StepReport(0, 0, 0.0)
@@ -100,6 +104,10 @@ class EngineLoop:
         """Let a request take part from the next step on; one of a session continues its retained tokens."""
         self._submitted.append((request, retained))
 
+    def set_active(self, request: Request, active: bool) -> None:
+        """Whether a request takes part in steps, from the next one on: never in the middle of one that another thread runs."""
+        self._activity.append((request, active))
+
     def drop(self, item: Request | Scoring | Retained) -> None:
         """End a request or a session and give its KV blocks back: at once, or where a step is running by its end."""
         self._dropped.append(item)
@@ -108,16 +116,17 @@ class EngineLoop:
     def settle(self) -> None:
         """Release what was dropped, unless the engine is busy: then its next step does. Never waits."""
         me = object()
-        if not (self._dropped or self._interrupted) or not self._turn.acquire(blocking=False):
+        if not (self._dropped or self._interrupted) or not self._lock.acquire(blocking=False):
             return
         try:
             if self._driver is not None:
                 return
-            self._driver = me
+            self._driver, self._driving_thread = me, threading.get_ident()
         finally:
-            self._turn.release()
+            self._lock.release()
         try:
-            self._release_dropped()
+            with suppress(RuntimeError):  # this thread is inside a call of the engine: a later step releases the rest
+                self._release_dropped()
         finally:
             self._end_turn(me)
 
@@ -126,19 +135,25 @@ class EngineLoop:
         me = object()
         while True:
             try:
-                with self._turn:
-                    while self._driver is not None and not done():
-                        self._turn.wait()
-                    if done():
-                        return
-                    self._driver = me
-                if not self._step() and not done():
-                    raise RuntimeError("no request can go on: this is a fault of ferrum's scheduler. Please report it.")
+                try:
+                    with self._lock:
+                        while self._driver is not None and not done():
+                            if self._driving_thread == threading.get_ident():
+                                raise RuntimeError("This thread is inside a step: a signal handler or a finalizer cannot wait for a text. "
+                                                   "Call from another thread, or after the step.")
+                            self._turn.wait()
+                        if done():
+                            return
+                        self._driver, self._driving_thread = me, threading.get_ident()
+                    if not self._step() and not done():
+                        raise RuntimeError("no request can go on: this is a fault of ferrum's scheduler. Please report it.")
+                finally:
+                    self._end_turn(me)
             finally:
-                self._end_turn(me)
+                self._end_turn(me)  # Ctrl-C may have come before the first did anything
 
     def _end_turn(self, me: object) -> None:
-        with self._turn:
+        with self._lock:
             if self._driver is me:
                 self._driver = None
                 self._turn.notify_all()
@@ -153,6 +168,7 @@ class EngineLoop:
         chunks: list[Chunk] | None = None
         try:
             self._take_submitted()
+            self._take_activity()
             chunks = self._scheduler.schedule()
             if chunks:
                 self._run(chunks)
@@ -211,7 +227,7 @@ class EngineLoop:
     def _take_read(sequence: Sequence, position: int, result: ReadToken) -> None:
         owner = sequence.owner
         if isinstance(owner, Scoring):
-            owner.take(sequence, result.logprob, result.likeliest)
+            owner.take(sequence, position, result.logprob, result.likeliest)
             return
         request = _request_of(sequence)
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) == position + 1:
@@ -271,6 +287,13 @@ class EngineLoop:
                 for sequence in request.first_sequences():
                     self._scheduler.add(sequence)
 
+    def _take_activity(self) -> None:
+        while self._activity:
+            request, active = self._activity[0]
+            if not request.finished:
+                request.set_active(active)
+            self._activity.popleft()
+
     def _continue(self, session: Retained, request: Any) -> None:
         """Let a request's only text go on from what its session has in the KV cache, as far as the tokens are the same."""
         self._sessions[id(request)] = session
@@ -283,27 +306,25 @@ class EngineLoop:
         tokens, wanted_from = text.sequence.tokens, text.sequence.wanted_from
         same = next((i for i, (a, b) in enumerate(zip(kept.tokens, tokens)) if a != b), min(len(kept.tokens), len(tokens)))
         kept.owner, kept.active, kept.wanted_from = text, True, wanted_from
-        text.sequence = kept
         self._scheduler.rewind(kept, tokens, min(same, wanted_from))
+        text.sequence = kept  # last: until then an interrupted call leaves the text its own
         request.num_cached_tokens = kept.computed
 
     def _release_dropped(self) -> None:
-        try:
-            if self._interrupted:
-                self._recover()
-            while self._dropped:
-                item = self._dropped[0]
-                if isinstance(item, Retained):
-                    if item.sequence is not None:
-                        self._scheduler.remove(item.sequence)
-                        item.sequence = None
-                else:
-                    item.cancel()
-                    if id(item) in self._requests:  # else it never ran, or the step that it was dropped in has forgotten it
-                        self._forget(item)
-                self._dropped.popleft()
-        except RuntimeError:  # this thread is inside a call of the engine: a later step releases the rest
-            return
+        """RuntimeError where this thread is inside a call of the engine."""
+        if self._interrupted:
+            self._recover()
+        while self._dropped:
+            item = self._dropped[0]
+            if isinstance(item, Retained):
+                if item.sequence is not None:
+                    self._scheduler.remove(item.sequence)
+                    item.sequence = None
+            else:
+                item.cancel()
+                if id(item) in self._requests:  # else it never ran, or the step that it was dropped in has forgotten it
+                    self._forget(item)
+            self._dropped.popleft()
 
     def _fail(self, chunks: list[Chunk] | None, error: Exception) -> None:
         """End the requests of a step that failed; without chunks, all."""
@@ -323,9 +344,15 @@ class EngineLoop:
         self._pool.release_all()
         unfinished: list[Sequence] = []
         for request in self._requests.values():
-            prompt = request.prompt_sequence
-            unfinished += [prompt] if prompt is not None and prompt.active else request.unfinished()
+            if isinstance(request, Request) and any(text.torn for text in request.texts):
+                request.fail(RuntimeError("Ctrl-C came while this text took a token: it cannot go on. Ask for it again."))
+            if not request.finished:
+                prompt = request.prompt_sequence
+                unfinished += [prompt] if prompt is not None and prompt.active else request.unfinished()
         self._scheduler.start_over(unfinished)
+        for request in tuple(self._requests.values()):
+            if request.finished:
+                self._forget(request)
         self._interrupted = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -48,6 +49,7 @@ class Stream:
         self._loop = loop
         self._request = request
         self._session = session
+        self._of: Session | None = None  # a session is closed with the last that uses it
         self._submitted = False
         self._raised = False
         self.prompt_token_ids: list[int] = request.prompt_token_ids
@@ -99,11 +101,11 @@ class Stream:
         if not self._submitted:
             self._submitted = True
             self._loop.submit(request, self._session)
-        request.set_active(True)
+        self._loop.set_active(request, True)
         try:
             self._loop.drive(lambda: bool(request.stream) or request.finished)
         finally:
-            request.set_active(False)
+            self._loop.set_active(request, False)
 
     def __enter__(self) -> Stream:
         return self
@@ -126,7 +128,7 @@ class Session:
     def __init__(self, llm: LLM):
         self._llm = llm
         self._retained = Retained()
-        self._stream: Stream | None = None
+        self._last: weakref.ref[Stream] | None = None
 
     @property
     def tokens_kept(self) -> int:
@@ -136,18 +138,25 @@ class Session:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """As `LLM.stream`; RuntimeError while the stream of the turn before has not ended."""
-        if self._stream is not None and not self._stream._request.finished:
+        last = self._stream()
+        if last is not None and not last._request.finished:
             raise RuntimeError("The session's last stream has not ended. Iterate it to its end, or close it, before the next turn.")
         params = SamplingParams() if sampling_params is None else sampling_params
         text = prompt if isinstance(prompt, str) else None
-        self._stream = self._llm._stream(text, self._llm._checked(prompt, params), params, self._retained)
-        return self._stream
+        stream = self._llm._stream(text, self._llm._checked(prompt, params), params, self._retained)
+        stream._of, self._last = self, weakref.ref(stream)
+        return stream
 
     def close(self) -> None:
         """Give the KV cache back."""
-        if self._stream is not None:
-            self._stream.close()
+        stream = self._stream()
+        if stream is not None:
+            stream.close()
         self._llm._loop.drop(self._retained)
+
+    def _stream(self) -> Stream | None:
+        """The stream of the last turn, if anybody has it."""
+        return None if self._last is None else self._last()
 
     def __enter__(self) -> Session:
         return self
@@ -156,7 +165,7 @@ class Session:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_stream"):
+        if hasattr(self, "_last"):
             self.close()
 
 

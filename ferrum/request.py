@@ -37,6 +37,7 @@ class Text:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.notice: str | None = None
+        self.torn = False  # `accept` was left half-way
         self._first = len(prompt_ids)
         self._token_ids: list[int] | None = None
         self._detokenizer = IncrementalDetokenizer(request.tokenizer)
@@ -56,6 +57,7 @@ class Text:
         """Take the next token: what it settles of the text, and whether the text ends with it."""
         if self.finish_reason is not None:  # it was cancelled while the step ran
             return
+        self.torn = True
         self.sequence.append(token)
         if self.edits is not None:
             self.edits.add(token)
@@ -73,6 +75,7 @@ class Text:
             self.end("stop", self._checker.matched)
         elif length == self.params.max_tokens:
             self.end("length")
+        self.torn = False
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None, notice: str | None = None) -> None:
         """Note why the text ends and settle what was held back; the first reason stands."""
@@ -208,7 +211,7 @@ class Scoring:
         self.greedy = [True] * len(continuations)
         self.error: BaseException | None = None
         self.cancelled = False
-        first = len(prompt_token_ids) - 1
+        self._first = first = len(prompt_token_ids) - 1
         self.parts = [Sequence(prompt_token_ids + ids, first, owner=self, excess=1) for _, ids in continuations]
         self._part_of = {id(part): index for index, part in enumerate(self.parts)}
         self.prompt_sequence: Sequence | None = None
@@ -233,12 +236,13 @@ class Scoring:
     def ended(self) -> list[Sequence]:
         return [part for part in self.parts if part.engine_id is not None and not part.pending]
 
-    def take(self, part: Sequence, logprob: float, likeliest: bool) -> None:
-        """The log-probability of the next token of a continuation."""
+    def take(self, part: Sequence, position: int, logprob: float, likeliest: bool) -> None:
+        """The log-probability of the token after a position; one that an interrupted step took already is not taken again."""
         index = self._part_of[id(part)]
-        self.logprobs[index].append(logprob)
         self.greedy[index] &= likeliest
-        part.wanted_from += 1
+        if len(self.logprobs[index]) == position - self._first:
+            self.logprobs[index].append(logprob)
+        part.wanted_from = max(part.wanted_from, position + 1)
 
     def fail(self, error: BaseException) -> None:
         if self.error is None:
