@@ -253,7 +253,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
-        conversations: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        conversations = _conversations(messages)
         texts = [self.render_chat(conversation, **template_options) for conversation in conversations]
         params = _params_for(texts, sampling_params)
         checked = [self._checked(self._encode_rendered(text), each) for text, each in zip(texts, params)]
@@ -297,18 +297,18 @@ class LLM:
         Texts of continuations are encoded on their own: give token ids where a token shall span the seam. The logits
         of max_logit_rows tokens are held at a time. Errors as of `generate`.
         """
-        if isinstance(continuations, str):
-            raise TypeError("continuations is one text: give a list of them.")
+        if isinstance(continuations, (str, bytes, bytearray, memoryview)) or not isinstance(continuations, Iterable):
+            raise TypeError(f"continuations is {type(continuations).__name__}: give a list of them, each a str or token ids.")
         params = SamplingParams(max_tokens=1)
         ids = self._checked(prompt, params)
         parts: list[tuple[str | None, list[int]]] = []
         for continuation in continuations:
             text = continuation if isinstance(continuation, str) else None
-            part = self.tokenizer.encode(text, add_bos=False) if text is not None else _checked_ids(continuation)
+            part = self.tokenizer.encode(text, add_bos=False) if text is not None else _checked_ids(continuation, "A continuation")
             if not part:
                 raise ValueError("A continuation is empty: there is nothing to score.")
             self._check_ids(part, "a continuation")
-            self._check_length(len(ids) + len(part) - 1, f"with a continuation {len(ids) + len(part)}", params)
+            self._check_length(len(ids) + len(part) - 1, f"The prompt with a continuation has {len(ids) + len(part)}", params)
             parts.append((text, part))
         if not parts:
             return []
@@ -379,20 +379,22 @@ class LLM:
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The ids of a prompt that can run with these params; text that is far too long is refused before the cost of encoding it."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params is {repr(params)[:40]}. Give SamplingParams(...), or a list of one for each prompt.")
         self._loop.check_process()
         if self.engine.closed:
             raise EngineClosed("The model was closed. Load it again to generate.")
         self._loop.settle()
         if isinstance(prompt, str):
             fewest = self.tokenizer.fewest_tokens(prompt)
-            self._check_length(fewest, f"at least {fewest}", params)
+            self._check_length(fewest, f"The prompt has at least {fewest}", params)
             ids = self.tokenizer.encode(prompt)
         else:
             ids = _checked_ids(prompt)
         if not ids:
             raise ValueError("The prompt is empty. Give at least one token to continue.")
         self._check_ids(ids, "the prompt")
-        self._check_length(len(ids), str(len(ids)), params)
+        self._check_length(len(ids), f"The prompt has {len(ids)}", params)
         self._check_params(params)
         return ids
 
@@ -417,26 +419,26 @@ class LLM:
     def _check_length(self, tokens: int, shown: str, params: SamplingParams) -> None:
         context, capacity = self._context, self.engine.kv_capacity
         if tokens > context:
-            raise ContextFull(f"The prompt has {shown} tokens, the model's context holds {context}. Shorten the prompt.")
+            raise ContextFull(f"{shown} tokens, the model's context holds {context}. Shorten the prompt.")
         if tokens > capacity:
             wanted = min(tokens + params.max_tokens, context)
-            raise KVPoolExhausted(f"The prompt has {shown} tokens, the KV cache holds {capacity}. "
+            raise KVPoolExhausted(f"{shown} tokens, the KV cache holds {capacity}. "
                                   f"Shorten the prompt or raise kv_tokens (--kv-tokens {wanted}).")
 
 
 def _several(prompts: Any) -> list[Any]:
     """A list of prompts; a single one is a text or whole numbers."""
-    if isinstance(prompts, (str, bytes, bytearray, memoryview)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (str, bytes, bytearray, memoryview)) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
         return [prompts]
     prompts = list(prompts)
-    return [prompts] if prompts and hasattr(prompts[0], "__index__") else prompts
+    return [prompts] if prompts and _is_whole_number(prompts[0]) else prompts
 
 
 def _params_for(prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
     """Params for each prompt."""
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
+    if isinstance(params, (SamplingParams, str, Mapping)) or not isinstance(params, Iterable):
         return [params] * len(prompts)
     params = list(params)
     if len(params) != len(prompts):
@@ -444,18 +446,31 @@ def _params_for(prompts: Sequence[Any], params: SamplingParams | Sequence[Sampli
     return params
 
 
-def _checked_ids(prompt: Any) -> list[int]:
+def _conversations(messages: Any) -> list[Any]:
+    """A list of conversations; a single one has messages, which are mappings."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is {type(messages).__name__}: give a list of messages, which have role and content, or a list of such lists.")
+    messages = list(messages)
+    return [messages] if not messages or isinstance(messages[0], Mapping) else messages
+
+
+def _is_whole_number(value: Any) -> bool:
+    """Whether it may be a token id; arrays of more than one number have `__index__` too."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+def _checked_ids(prompt: Any, what: str = "The prompt") -> list[int]:
     """Token ids as ints; bytes and truth values, which Python takes for whole numbers, are refused."""
     advice = "Give a str, or token ids as whole numbers."
     if isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise TypeError(f"The prompt is {type(prompt).__name__}, not text: decode it first. {advice}")
+        raise TypeError(f"{what} is {type(prompt).__name__}, not text: decode it first. {advice}")
     try:
         given = list(prompt)
     except TypeError:
-        raise TypeError(f"The prompt is {type(prompt).__name__}. {advice}") from None
+        raise TypeError(f"{what} is {type(prompt).__name__}. {advice}") from None
     for id in given:
-        if isinstance(id, (bool, np.bool_)) or not hasattr(id, "__index__"):
-            raise TypeError(f"The prompt has the token id {repr(id)[:40]}. {advice}")
+        if isinstance(id, (bool, np.bool_)) or not _is_whole_number(id):
+            raise TypeError(f"{what} has the token id {repr(id)[:40]}. {advice}")
     return [operator.index(id) for id in given]
 
 

@@ -473,6 +473,46 @@ def test_a_device_error_ends_the_call_and_leaves_nothing(llm, monkeypatch, fail_
         assert_empty(tight)
 
 
+def test_prompts_are_what_callers_have(llm):
+    params = SamplingParams(temperature=0, max_tokens=3)
+    expected = results(llm.generate([[5, 6], [7, 8]], params))
+    for prompts in (np.array([[5, 6], [7, 8]]), [np.array([5, 6]), np.array([7, 8])], ((5, 6), range(7, 9)), (iter(ids) for ids in ([5, 6], [7, 8]))):
+        assert results(llm.generate(prompts, params)) == expected
+    for prompt in (np.array([5, 6]), [np.int64(5), 6], iter([5, 6])):
+        assert results(llm.generate(prompt, params)) == expected[:1]
+    assert results(llm.generate([[5, 6], [7, 8]], (params for _ in range(2)))) == expected
+    assert llm.generate([], params) == llm.generate([], []) == llm.score("Once", []) == []
+    assert llm.score([5], np.array([[6, 7]]))[0].token_ids == [6, 7]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda llm: llm.generate("Once", {"temperature": 0}), r"^sampling_params is \{'temperature': 0\}. Give SamplingParams"),
+    (lambda llm: llm.generate(["Once"], [None]), "^sampling_params is None. Give SamplingParams"),
+    (lambda llm: llm.stream("Once", {"n": 1}), "^sampling_params is .* Give SamplingParams"),
+    (lambda llm: llm.generate(np.array(5)), "^The prompt is ndarray. Give a str, or token ids"),
+    (lambda llm: llm.generate(["Once", 5]), "^The prompt is int. Give a str, or token ids"),
+    (lambda llm: llm.score("Once", [5, 6]), "^A continuation is int. Give a str, or token ids"),
+    (lambda llm: llm.score("Once", [[1.5]]), "^A continuation has the token id 1.5. Give a str, or token ids"),
+    (lambda llm: llm.score("Once", None), "^continuations is NoneType: give a list of them"),
+    (lambda llm: llm.score("Once", b"upon"), "^continuations is bytes: give a list of them"),
+    (lambda llm: llm.chat({"role": "user", "content": "Hi"}), "^messages is dict: give a list of messages"),
+    (lambda llm: llm.chat("Hi"), "^messages is str: give a list of messages"),
+])
+def test_arguments_of_a_wrong_type_are_named(llm, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(llm)
+
+
+def test_a_continuation_that_does_not_fit_is_refused_with_the_figures(tight):
+    with pytest.raises(FerrumError, match="^The prompt with a continuation has 258 tokens, the KV cache holds 256"):
+        tight.score([5], [[6] * 257])
+
+
+def test_the_smallest_temperature_draws_the_likeliest_tokens(llm):
+    params = SamplingParams(temperature=1e-300, seed=1, max_tokens=5)
+    assert llm.generate(STORY, params)[0].outputs[0].token_ids == llm_alone(llm, STORY, SamplingParams(temperature=0, max_tokens=5)).token_ids
+
+
 # Ctrl-C
 
 
