@@ -7,7 +7,8 @@ The rule, over the full distribution. Edits are made in float32, everything afte
    added. Banned tokens, and where some are allowed all others, are taken out, as are the tokens that would end the
    text before min_tokens.
 2. Tokens stand in order of falling logit, ties by rising id. Unused entries of the vocabulary take no part.
-3. temperature: a token weighs exp((logit - largest logit) / temperature). Temperature 0 takes the first token.
+3. temperature: a token weighs exp((logit - largest logit) / temperature). Temperature 0 takes the first token,
+   and between 0 and 2**-126 it counts as that.
 4. top-k: the first k tokens stay.
 5. top-p: of those, the shortest beginning stays whose weight is at least p times the weight of all of them.
 6. min-p: of those, tokens stay that weigh at least p times the first one.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # The engine's log-sum-exp may be off by this share of the sum (it adds float32 exponentials on some devices).
 SUM_TOLERANCE = 1e-5
+SMALLEST_TEMPERATURE = 2.0**-126  # engines take it as float32
 SUM_ROUNDING = 1e-10  # of a running float64 sum over any vocabulary
 
 
@@ -179,7 +181,7 @@ def draw_rule(params: SamplingParams) -> tuple[float, float, float, float, float
     """A row of `draw_rules`."""
     if params.greedy:
         return 1.0, 1.0, 1.0, 0.0, 1.0
-    return params.temperature, params.top_k or float("inf"), params.top_p, params.min_p, params.typical_p
+    return max(params.temperature, SMALLEST_TEMPERATURE), params.top_k or float("inf"), params.top_p, params.min_p, params.typical_p
 
 
 def draw_rules(rows: list[tuple[float, float, float, float, float]]) -> DrawRules:
