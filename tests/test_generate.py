@@ -4,15 +4,18 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sampling import kept_and_drawn
 
 from ferrum import LLM, SamplingParams
 from ferrum.errors import DeviceError, EngineClosed, FerrumError
 from ferrum.request import Request
+from ferrum.sampling import uniform
 from ferrum_native._native import Engine
 
 STORY = ("Once upon a time there was a little fox who lived in a forest. One day she met a friendly bear, and they went to the river to "
@@ -139,13 +142,28 @@ def test_samples_that_grow_out_of_the_pool_are_put_back(llm, tight):
     assert preemptions(tight) > before
 
 
-def log_probabilities(llm, tokens):
-    """Natural logarithms [tokens, vocab_size] after each token, from the full rows, unused tokens left out."""
-    rows = []
-    for start in range(0, len(tokens), 16):
-        rows.append(llm.engine.prefill(1 << 40, tokens[start : start + 16], logits="all").copy())
+def test_each_token_is_the_one_that_the_whole_rule_draws(llm):
+    prompt = llm.tokenize(STORY)[:25]
+    for params in params_of_all_kinds(sorted(set(llm.tokenize(STORY)))[:40]):
+        params = replace(params, n=1, max_tokens=12, min_tokens=min(params.min_tokens, 5))
+        (text,) = llm.generate([prompt], params)[0].outputs
+        rows = raw_rows(llm, prompt + text.token_ids)[len(prompt) - 1 :]
+        ending = {*params.stop_token_ids, *(() if params.ignore_eos else llm.tokenizer.stop_ids)}
+        for at, token in enumerate(text.token_ids):
+            u = uniform(text.seed or 0, at)
+            assert kept_and_drawn(rows[at], params, u, prompt, text.token_ids[:at], ending, llm.tokenizer.unused_ids)[1] == token
+
+
+def raw_rows(llm, tokens):
+    """The model's logits [tokens, vocab_size] after each token."""
+    rows = [llm.engine.prefill(1 << 40, tokens[start : start + 16], logits="all").copy() for start in range(0, len(tokens), 16)]
     llm.engine.release(1 << 40)
-    rows = np.concatenate(rows).astype(np.float64)
+    return np.concatenate(rows)
+
+
+def log_probabilities(llm, tokens):
+    """Natural logarithms [tokens, vocab_size] after each token, unused tokens left out."""
+    rows = raw_rows(llm, tokens).astype(np.float64)
     rows[:, list(llm.tokenizer.unused_ids)] = -np.inf
     largest = rows.max(axis=1, keepdims=True)
     return rows - largest - np.log(np.exp(rows - largest).sum(axis=1, keepdims=True))

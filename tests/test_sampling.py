@@ -1,15 +1,20 @@
 """Sampling: candidates give what the rule gives on a full sort, and stop strings never show."""
 
 import math
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 import pytest
+import tiny_models
 from hypothesis import assume, example, given, settings, strategies as st
 
 from ferrum.errors import DeviceError, OptionError
-from ferrum.sampling import CandidateRows, SamplingParams, candidate_count, full_row, sample, uniform
+from ferrum.gguf_file import GGUFFile
+from ferrum.logit_edits import LogitEdits
+from ferrum.sampling import CandidateRows, SamplingParams, candidate_count, draw, draw_rule, draw_rules, full_row, sample, uniform
 from ferrum.stopping import StopChecker
+from ferrum_native._native import Engine
 
 LARGEST_U = 1 - 2**-53
 
@@ -183,3 +188,160 @@ def test_stop_strings_cut_where_a_search_of_the_whole_text_finds_them(pieces, st
 def test_text_is_held_back_only_while_a_stop_string_is_possible():
     checker = StopChecker(["\n\nEnd"])
     assert [checker.push(piece) for piece in ["The", "\n", "\n", "E", "arth"]] == ["The", "", "", "", "\n\nEarth"]
+
+
+# The whole rule
+
+
+def kept_and_drawn(logits, params, u, prompt=(), text=(), ending=(), unused=()):
+    """The rule as the head of sampling.py words it, in plain Python over every token: the ids that stay, and the one that u draws."""
+    values = {}
+    for id, logit in enumerate(logits):
+        if id in text or id in prompt:
+            logit = logit / np.float32(params.repetition_penalty) if logit > 0 else logit * np.float32(params.repetition_penalty)
+        taken = (params.presence_penalty if id in text else 0.0) + params.frequency_penalty * list(text).count(id)
+        logit = logit + np.float32(params.logit_bias.get(id, 0.0) - taken)
+        out = id in params.banned_token_ids or (params.allowed_token_ids and id not in params.allowed_token_ids)
+        if not out and not (len(text) < params.min_tokens and id in ending) and id not in unused:
+            values[id] = float(logit)
+    order = sorted(values, key=lambda id: (-values[id], id))
+    if params.temperature == 0:
+        return order[:1], order[0]
+    weight = {id: math.exp((values[id] - values[order[0]]) / params.temperature) if values[id] > -math.inf else 0.0 for id in order}
+    if params.top_k:
+        order = order[: params.top_k]
+    if params.top_p < 1:
+        order = shortest_beginning(order, weight, params.top_p)
+    if params.min_p:
+        order = [id for id in order if weight[id] >= params.min_p * weight[order[0]]]
+    if params.typical_p < 1:
+        whole = math.fsum(weight[id] for id in order)
+        surprise = {id: -math.log(weight[id] / whole) for id in order if weight[id] > 0}
+        entropy = math.fsum(weight[id] / whole * surprise[id] for id in surprise)
+        typical = set(shortest_beginning(sorted(surprise, key=lambda id: abs(surprise[id] - entropy)), weight, params.typical_p))
+        order = [id for id in order if id in typical]
+    sums = list(accumulate(weight[id] for id in order))
+    drawn = next((id for id, so_far in zip(order, sums) if so_far > u * sums[-1]), None)
+    return order, drawn if drawn is not None else [id for id in order if weight[id] > 0][-1]
+
+
+def shortest_beginning(order, weight, p):
+    sums = list(accumulate(weight[id] for id in order))
+    return order[: next((at for at, so_far in enumerate(sums) if so_far >= p * sums[-1]), len(order) - 1) + 1]
+
+
+def random_params(rng, vocab):
+    """Params that use any part of the rule; penalties and biases are exact in float32."""
+    ids = lambda most: tuple(rng.integers(0, vocab, rng.integers(0, most)).tolist())  # noqa: E731
+    some = lambda value, off: value if rng.random() < 0.4 else off  # noqa: E731
+    return SamplingParams(
+        temperature=float(rng.choice((0.0, 0.3, 0.7, 1.0, 2.5, 30.0))),
+        top_k=some(int(rng.integers(1, 40)), 0), top_p=some(float(rng.uniform(0.05, 0.99)), 1.0), min_p=some(float(rng.uniform(0, 0.5)), 0.0),
+        typical_p=some(float(rng.uniform(0.05, 0.99)), 1.0), repetition_penalty=some(float(rng.integers(4, 16)) / 8, 1.0),
+        presence_penalty=some(float(rng.integers(-16, 16)) / 8, 0.0), frequency_penalty=some(float(rng.integers(-16, 16)) / 8, 0.0),
+        logit_bias=some({id: float(rng.integers(-64, 64)) / 8 for id in ids(9)}, {}), banned_token_ids=some(ids(9), ()),
+        min_tokens=some(int(rng.integers(0, 12)), 0), max_tokens=64,
+    )
+
+
+def spread_row(rng, vocab):
+    """Logits without equal values; their spread is that of flat and of sharp distributions."""
+    return (rng.standard_normal(vocab) * rng.choice((0.1, 1.0, 3.0, 10.0))).astype(np.float32)
+
+
+def test_rows_with_different_params_draw_by_the_whole_rule():
+    rng = np.random.default_rng(21)
+    vocab, ending, unused = 120, frozenset((3, 77)), frozenset((118, 119))
+    decided = undecided = 0
+    for _ in range(60):
+        rows, rules, us, expected, likely = [], [], [], [], []
+        n = int(rng.choice((8, 64, vocab - len(unused))))
+        for _ in range(12):
+            params, logits = random_params(rng, vocab), spread_row(rng, vocab)
+            prompt, text = rng.integers(0, vocab, 10).tolist(), rng.integers(0, vocab, rng.integers(0, 20)).tolist()
+            edits = LogitEdits(params, prompt, ending)
+            for token in text:
+                edits.add(token)
+            us.append(rng.random())
+            expected.append(kept_and_drawn(logits, params, us[-1], prompt, text, ending, unused)[1])
+            temperature = draw_rule(params)[0]
+            rows.append(candidates_of(edits.apply(logits), n, temperature, unused))
+            rules.append(draw_rule(params))
+            likely.append(params.temperature == 0 or 0 < params.top_k <= n)
+        together = CandidateRows(np.concatenate([row.ids for row in rows]), np.concatenate([row.logits for row in rows]), rows[0].others,
+                                 np.concatenate([row.log_sum_exp for row in rows]))
+        index = draw(together, draw_rules(rules), np.array(us))
+        for at, row in enumerate(rows):
+            assert index[at] == draw(row, draw_rules(rules[at : at + 1]), np.array(us[at : at + 1]))[0]
+            if index[at] >= 0:
+                assert row.ids[0, index[at]] == expected[at]
+            else:
+                assert row.others and not likely[at]
+            decided, undecided = decided + (index[at] >= 0), undecided + (index[at] < 0)
+    assert decided > 500 and undecided > 20
+
+
+def test_edits_are_the_same_bits_in_the_engine_and_on_a_full_row(tmp_path):
+    path = tiny_models.write_tiny_model(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(8)
+    vocab = 512
+    with Engine(GGUFFile.open(path), threads=1, kv_tokens=64, max_sequences=4) as engine:
+        for sequence in range(3):
+            engine.prefill(sequence, [5, 6 + sequence])
+        logits = engine.decode_batch([0, 1, 2], [7, 8, 9])
+        usable = tiny_models.make_vocabulary(vocab).types.count(tiny_models.gguf.TokenType.UNUSED)
+        usable = vocab - usable
+        for _ in range(40):
+            ending = frozenset(rng.integers(0, vocab, 3).tolist())
+            texts = []
+            for row in range(3):
+                params = replace(random_params(rng, vocab), presence_penalty=float(rng.uniform(-3, 3)), repetition_penalty=float(rng.uniform(0.5, 2)))
+                edits = LogitEdits(params, rng.integers(0, vocab, 20).tolist(), ending)
+                for token in rng.integers(0, vocab, rng.integers(0, 40)).tolist():
+                    edits.add(token)
+                texts.append(edits)
+            before = np.asarray(logits).copy()
+            found = engine.candidates(usable, edits=np.concatenate([edits.array(row) for row, edits in enumerate(texts)]))
+            assert np.asarray(logits).tobytes() == before.tobytes()
+            for row, edits in enumerate(texts):
+                applied = edits.apply(before[row])
+                assert found.logits[row].tobytes() == applied[found.ids[row]].tobytes()
+                order = np.lexsort((found.ids[row], -found.logits[row]))
+                assert (order == np.arange(usable)).all()
+
+
+def test_edits_count_what_the_rule_counts():
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={4: 3.0}, banned_token_ids=(6,), min_tokens=2)
+    edits = LogitEdits(params, [1, 1, 2], {7})
+    logits = np.array([4, 4, -4, 4, 4, 4, 4, 4], np.float32)
+    assert edits.apply(logits).tolist() == [4, 2, -8, 4, 7, 4, -math.inf, -math.inf]
+    edits.add(3)
+    edits.add(3)
+    assert edits.apply(logits).tolist() == [4, 2, -8, 2 - 1 - 1, 7, 4, -math.inf, 4]
+    edits.add(4)
+    assert edits.apply(logits).tolist() == [4, 2, -8, 0, 2 + 3 - 1.5, 4, -math.inf, 4]
+
+
+def test_uniforms_are_uniform_and_do_not_depend_on_each_other():
+    def deviation(counts, expected):
+        """Chi-square over its standard deviation: about normal for many cells."""
+        cells = counts.size
+        return (((counts - expected) ** 2 / expected).sum() - cells) / math.sqrt(2 * cells)
+
+    for name, pairs in {
+        "positions": [(uniform(7, at), uniform(7, at + 1)) for at in range(20_000)],
+        "seeds": [(uniform(seed, 0), uniform(seed + 1, 0)) for seed in range(20_000)],
+        "samples of one prompt": [(uniform(seed, at), uniform(seed + 1, at)) for seed in range(200) for at in range(100)],
+        "seed and position": [(uniform(seed, 1), uniform(seed + 1, 0)) for seed in range(20_000)],
+        "large seeds": [(uniform((1 << 64) - 1 - at, at), uniform(at, (1 << 31) - at)) for at in range(20_000)],
+    }.items():
+        pairs = np.array(pairs)
+        assert (pairs >= 0).all() and (pairs < 1).all()
+        counts, _, _ = np.histogram2d(*pairs.T, bins=20, range=((0, 1), (0, 1)))
+        assert abs(deviation(counts, len(pairs) / 400)) < 4, name
+        assert len(np.unique(pairs[:, 0])) == len(pairs), name
+
+
+def test_a_uniform_is_the_same_in_any_order():
+    sequence = [uniform(3, at) for at in range(50)]
+    assert [uniform(3, at) for at in reversed(range(50))] == sequence[::-1]
