@@ -190,11 +190,14 @@ class Scheduler:
         settled = True
         first = self._next_waiting()
         for sequence in tuple(self._running):
-            sequence.queues &= first is not None and first.order() < sequence.order()
+            if sequence.queues:
+                sequence.queues = first is not None and first.order() < sequence.order()
             if sequence.engine_id is None or not sequence.runs:
                 continue  # put back a moment ago, or idle
             settled &= self._continue(sequence, chunks, room)
         while settled and room.prompt_tokens and room.rows and (sequence := self._next_waiting()):
+            if any(other.queues and other.active and other.order() < sequence.order() for other in self._running):
+                break  # that one goes on in the next step
             settled = self._admit(sequence, chunks, room)
         return chunks
 

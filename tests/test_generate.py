@@ -250,6 +250,19 @@ def test_logprobs_are_the_models_own_and_ranks_those_of_a_full_sort(llm, params)
     assert text.cumulative_logprob == pytest.approx(sum(places[id].logprob for places, id in zip(text.logprobs, text.token_ids)))
 
 
+@pytest.mark.parametrize("stop", ["the", "e", " a"])
+@pytest.mark.parametrize("min_tokens", [0, 1, 7, 20])
+def test_stop_strings_count_from_the_token_after_min_tokens(llm, stop, min_tokens):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    ids = llm_alone(llm, STORY, params).token_ids
+    (text,) = llm.generate(STORY, replace(params, stop=stop, min_tokens=min_tokens))[0].outputs
+    length = next((length for length in range(min_tokens + 1, 41) if stop in llm.detokenize(ids[min_tokens:length])), 40)
+    before, rest = llm.detokenize(ids[:min_tokens]), llm.detokenize(ids[min_tokens:length])
+    assert text.token_ids == ids[:length]
+    assert text.text == before + rest.split(stop)[0]
+    assert text.stop_reason == (stop if stop in rest else None)
+
+
 # Sessions
 
 

@@ -550,3 +550,20 @@ def test_sessions_that_never_pause_starve_nobody():
             else:
                 session.wanted_from = 50
                 scheduler.rewind(session, session.tokens[:50] + [8], 50)
+
+
+def test_a_session_that_queues_keeps_its_blocks_from_those_who_came_later():
+    pool = BlockPool(10, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    long, session, earlier, later = (Sequence([index] * length, length - 1) for index, length in enumerate((75, 50, 70, 10)))
+    scheduler.add(long)
+    scheduler.add(session)
+    scheduler.add(earlier)
+    run_to_end(scheduler, pool, [long, session])
+    assert scheduler.waiting == (earlier,)
+    session.wanted_from = 50
+    scheduler.rewind(session, session.tokens + [7], 50)
+    scheduler.add(later)
+    scheduler.remove(long)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [earlier]
+    assert (session.computed, scheduler.waiting) == (50, (later,))
