@@ -111,6 +111,12 @@ def test_options_of_the_environment_are_refused_too(capsys, monkeypatch):
     assert code == 2 and err.startswith("error: max_logit_rows is 4, but the runs need 8")
 
 
+def test_a_context_may_be_full_at_the_end(capsys):
+    code, out, err = bench(capsys, *SMALL, "--context", "2043", "--batch", "1", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["ids_ok"] is True
+
+
 def test_ctrl_c_ends_it_quietly():
     command = [sys.executable, "-m", "ferrum", "bench", "--batch", "16", "--repeat", "1000", "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -196,10 +202,10 @@ def test_profile_lines_tell_shares_and_rates():
     }
     profile = {"phases": {"decode": {"steps": 2, "tokens": 2, "seconds": 1.0, "ops": ops}}}
     title, _, *rows = profile_lines(profile, 2e10)
-    assert title == "decode: 2 steps, 2 tokens, 2000.0 ms, 1 tokens/s"
-    assert rows[0].split() == ["top_candidates", "2", "1000.0", "ms", "50.0%", "953.7", "MiB", "1.0", "5.0%"]
-    assert rows[1].split() == ["head", "2", "500.0", "ms", "25.0%", "4.7", "GiB", "10.0", "50.0%", "20.0"]
-    assert rows[2].split() == ["norm", "4", "250.0", "ms", "12.5%"]
-    assert rows[3].split() == ["outside", "the", "ops", "250.0", "ms", "12.5%"]
+    assert title == "decode: 2 steps, 2 tokens, 2 s, 1.0 tokens/s"
+    assert rows[0].split() == ["top_candidates", "2", "1000.0", "50.0%", "953.7", "MiB", "1.0", "5.0%"]
+    assert rows[1].split() == ["head", "2", "500.0", "25.0%", "4.7", "GiB", "10.0", "50.0%", "20.0"]
+    assert rows[2].split() == ["norm", "4", "250.0", "12.5%"]
+    assert rows[3].split() == ["outside", "the", "ops", "250.0", "12.5%"]
     assert profile_lines(profile, None)[2].split() == rows[0].split()[:-1]
     assert profile_lines({"phases": {}}, None) == ["no step was profiled"]

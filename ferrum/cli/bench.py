@@ -91,7 +91,9 @@ _TITLES = f"{'batch':>5}  {'prefill':>7} {'':<13}{'decode':>8} {'':<13}{'bound':
 
 def _what(params: BenchParams) -> str:
     rounds = "1 round" if params.repeat == 1 else f"median of {params.repeat} rounds (least-most)"
-    return (f"Prompts of {params.prompt_tokens} tokens; {params.gen_tokens} decode steps from {params.depth} tokens in the cache.\n"
+    prompt, depth = _tokens(params.prompt_tokens), _tokens(params.depth)
+    steps = "1 decode step" if params.gen_tokens == 1 else f"{params.gen_tokens} decode steps"
+    return (f"Prompts of {prompt}; {steps} from {depth} in the cache.\n"
             f"Tokens/s of all sequences together, {rounds}.")
 
 
@@ -101,12 +103,16 @@ def _row(run: BatchReport) -> str:
             f"{run.decode_tok_s / run.bound_tok_s:>8.0%}{run.decode_gb_s:>6.1f}{run.distinct_experts:>8.1f}")
 
 
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
 def _rate(tok_s: float) -> str:
     return f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.1f}"
 
 
 def _spread(limits: tuple[float, float]) -> str:
-    return f"({_rate(limits[0])}-{_rate(limits[1])})"
+    return f"({_rate(limits[0])}-{_rate(limits[1])})" if limits[0] < limits[1] else ""
 
 
 def _legend(report: BenchReport) -> str:

@@ -8,7 +8,7 @@ from ferrum.cli.output import size
 
 # Ops between two steps, which are not part of the seconds of steps: see `Engine.profile`.
 _BETWEEN_STEPS = ("top_candidates", "copy_kv_blocks")
-_TITLES = f"{'op':<20}{'calls':>7}{'time':>10}{'share':>7}{'bytes':>11}{'GB/s':>7}{'of bw':>7}{'GMAC/s':>8}"
+_TITLES = f"{'op':<20}{'calls':>7}{'ms':>10}{'share':>7}{'bytes':>11}{'GB/s':>7}{'of bw':>7}{'GMAC/s':>8}"
 
 
 def profile_lines(profile: dict[str, Any], bandwidth: float | None) -> list[str]:
@@ -29,12 +29,12 @@ def _phase_lines(name: str, phase: dict[str, Any], bandwidth: float | None) -> l
     whole = phase["seconds"] + between
     outside = whole - sum(op["seconds"] for _, op in ops)
     steps, tokens = phase["steps"], phase["tokens"]
-    speed = f", {tokens / whole:.4g} tokens/s" if whole else ""
+    speed = f", {tokens / whole:.{0 if tokens >= 100 * whole else 1}f} tokens/s" if whole else ""
     return [
-        f"{name}: {_counted(steps, 'step')}, {_counted(tokens, 'token')}, {_time(whole)}{speed}",
+        f"{name}: {_counted(steps, 'step')}, {_counted(tokens, 'token')}, {whole:.4g} s{speed}",
         _TITLES,
         *(_row(name, op, whole, bandwidth) for name, op in ops),
-        f"{'outside the ops':<20}{'':>7}{_time(outside):>10}{_share(outside, whole):>7}",
+        f"{'outside the ops':<20}{'':>7}{outside * 1e3:>10.1f}{_share(outside, whole):>7}",
     ]
 
 
@@ -42,17 +42,13 @@ def _row(name: str, op: dict[str, Any], whole: float, bandwidth: float | None) -
     seconds, nbytes, macs = op["seconds"], op["bytes"], op["macs"]
     rate = nbytes / seconds if seconds else 0.0
     cells = [
-        f"{op['calls']:>7}", f"{_time(seconds):>10}", f"{_share(seconds, whole):>7}",
+        f"{op['calls']:>7}", f"{seconds * 1e3:>10.1f}", f"{_share(seconds, whole):>7}",
         f"{size(nbytes) if nbytes else '':>11}",
         f"{_billions(rate):>7}",
         f"{_share(rate, bandwidth) if nbytes and bandwidth else '':>7}",
         f"{_billions(macs / seconds if seconds else 0.0):>8}",
     ]
     return f"{name:<20}{''.join(cells)}".rstrip()
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
 
 
 def _share(part: float, whole: float) -> str:
