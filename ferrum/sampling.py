@@ -240,7 +240,7 @@ def draw(rows: CandidateRows, rules: DrawRules, u: Rows) -> npt.NDArray[np.intp]
     if rules.min_p.any():
         kept.at_least(rules.min_p)
     index = kept.draw(u)
-    for row in (rules.typical_p < 1).nonzero()[0]:
+    for row in (rules.typical_p < 1).nonzero()[0].tolist():
         index[row] = kept.draw_typical(row, rules.typical_p[row], u[row])
     return index
 
@@ -288,8 +288,8 @@ class _Kept:
         """Keep at most `count` tokens."""
         import numpy as np
 
-        count = np.minimum(count, self.count + self.others).astype(np.intp)
-        self._cut(count, count)
+        most = np.minimum(count, self.count + self.others).astype(np.intp)
+        self._cut(most, most)
 
     def nucleus(self, p: Rows) -> None:
         """Keep the shortest beginning that weighs at least p of what is kept; p = 1 keeps all."""

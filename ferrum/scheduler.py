@@ -195,10 +195,10 @@ class Scheduler:
             if sequence.engine_id is None or not sequence.runs:
                 continue  # put back a moment ago, or idle
             settled &= self._continue(sequence, chunks, room)
-        while settled and room.prompt_tokens and room.rows and (sequence := self._next_waiting()):
-            if any(other.queues and other.active and other.order() < sequence.order() for other in self._running):
+        while settled and room.prompt_tokens and room.rows and (following := self._next_waiting()):
+            if any(other.queues and other.active and other.order() < following.order() for other in self._running):
                 break  # that one goes on in the next step
-            settled = self._admit(sequence, chunks, room)
+            settled = self._admit(following, chunks, room)
         return chunks
 
     def commit(self, chunks: list[Chunk]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
 from ferrum.cli.output import BOLD, DIM, json_line, note, program, shown, styled
@@ -191,7 +191,7 @@ def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
     fields = asdict(completion)
     if completion.logprobs is None:
         del fields["logprobs"], fields["cumulative_logprob"]
-    asked = {}
+    asked: dict[str, Any] = {}
     if output.prompt_logprobs is not None:
         asked["prompt_logprobs"] = [place and {id: asdict(logprob) for id, logprob in place.items()} for place in output.prompt_logprobs]
     return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(output.usage), "timings": asdict(output.timings)})
