@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ferrum.errors import FerrumError, OptionError
-from ferrum.options import DEFAULT, EngineOptions, Resolved, check_settings, resolve, setting
+from ferrum.options import DEFAULT, Resolved, check_settings, resolve, setting
 from ferrum.step_bytes import decode_step_bytes, distinct_experts
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class BenchParams:
     )
     batch: tuple[int, ...] = setting(
         (1, 4, 8, 16), int, "how many sequences run together, one measurement each", unit="sequences", minimum=1, maximum=65536,
-        sequence=True, commas=True, default_text="1,4,8,16", metavar="N,N,...",
+        sequence=True, may_be_empty=False, commas=True, default_text="1,4,8,16", metavar="N,N,...",
     )
     context: int | None = setting(
         None, int, "tokens of each sequence that are in the KV cache where decode begins", unit="tokens", minimum=1,

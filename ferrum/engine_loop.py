@@ -370,7 +370,7 @@ class _EnginePool:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._ids = count()
+        self._ids = count(1 << 48)  # far from the numbers of those who use the engine themselves
         self._live: set[int] = set()
 
     @property

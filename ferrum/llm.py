@@ -406,7 +406,7 @@ class LLM:
     def _check_params(self, params: SamplingParams) -> None:
         """Refuse ids outside the vocabulary, and params that leave no token to draw."""
         for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
-            if ids := tuple(getattr(params, name)):
+            if ids := tuple(getattr(params, name) or ()):
                 self._check_ids(ids, name, OptionError)
         if not params.allowed_token_ids and not params.banned_token_ids:
             return

@@ -33,7 +33,8 @@ class Setting:
 
     `default_text` describes a default of None ("the CPUs this process may use"), which is then allowed.
     `sequence` marks a tuple of values, `mapping` a dict from token ids to values; both are a repeated flag (ID=X for
-    the latter), but with `commas` a sequence of at least one value is a single flag (1,4,8). A whole number of bytes may be written with a unit ("12GiB"). `flag` is the flag where it is not that
+    the latter), but with `commas` a sequence is a single flag (1,4,8). A sequence that may not be empty is None where
+    there is none. A whole number of bytes may be written with a unit ("12GiB"). `flag` is the flag where it is not that
     of the field's name, or False where the command line has none.
     """
 
@@ -46,6 +47,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     default_text: str = ""
     sequence: bool = False
+    may_be_empty: bool = True
     mapping: bool = False
     commas: bool = False
     short_flag: str = ""
@@ -78,13 +80,13 @@ class Setting:
         """The value in its own type; OptionError, calling the setting `name`, if it is not allowed."""
         if self.sequence:
             if value is None:
-                return ()
+                return () if self.may_be_empty else None
             if isinstance(value, str):
                 value = (value,)
             if not isinstance(value, Iterable):
                 raise self._error(value, name)
             values = tuple(self._check_one(item, name) for item in value)
-            if self.commas and not values:
+            if not values and not self.may_be_empty:
                 raise self._error(values, name)
             return values
         if self.mapping:

@@ -119,7 +119,7 @@ class Sampler:
         return self._decided(full_row(values, self._unused_ids), text)
 
     def _draw_from_allowed(self, values: Any, text: Text) -> int:
-        ids = np.array(sorted(set(text.params.allowed_token_ids)))
+        ids = np.array(sorted(set(text.params.allowed_token_ids or ())))
         usable = ~np.isin(ids, self._unused_ids)
         ids, values = ids[usable], values[usable]
         order = np.argsort(-values, kind="stable")

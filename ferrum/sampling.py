@@ -93,8 +93,8 @@ class SamplingParams:
         None, float, "add X to the logit of token ID; may be repeated", mapping=True, minimum=-1e9, maximum=1e9,
         default_text="none", metavar="ID=X",
     )
-    allowed_token_ids: tuple[int, ...] = setting(
-        (), int, "draw from these tokens only; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
+    allowed_token_ids: tuple[int, ...] | None = setting(
+        None, int, "draw from these tokens only; may be repeated", sequence=True, may_be_empty=False, minimum=0, maximum=(1 << 31) - 1,
         default_text="all", metavar="ID", flag="--allowed-token-id",
     )
     banned_token_ids: tuple[int, ...] = setting(
@@ -201,10 +201,15 @@ def full_row(logits: npt.NDArray[np.float32], unused_ids: Collection[int] = ()) 
     """Every token of a row of logits [vocab_size] as candidates; `unused_ids` are left out."""
     import numpy as np
 
-    order = np.argsort(-logits, kind="stable")
+    ids = np.arange(len(logits))
     if len(unused_ids):
-        order = order[~np.isin(order, np.fromiter(unused_ids, np.int64, len(unused_ids)))]
-    return CandidateRows(order[None], logits[order][None], 0, np.zeros(1))
+        ids = ids[~np.isin(ids, np.fromiter(unused_ids, np.int64, len(unused_ids)))]
+    # One key holds both orders, so that numpy's fastest sort keeps ties by id: the bits of a float, in an order that
+    # falls as it rises (as those of sign and magnitude do), then the id. Adding 0 makes -0 equal to 0.
+    bits = (logits[ids] + np.float32(0)).view(np.uint32)
+    falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    ids = (np.sort(falling << np.uint64(32) | ids.astype(np.uint64)) & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return CandidateRows(ids[None], logits[ids][None], 0, np.zeros(1))
 
 
 def sample(rows: CandidateRows, params: SamplingParams, u: float) -> int | None:

@@ -234,6 +234,8 @@ class Scheduler:
             if source is None or self._any_runs():
                 return False
             take_over = True
+        if self._any_runs() and not self._fits(sequence, beside_idle=False):
+            return False  # whoever is idle keeps what would not be enough
         while not self._fits(sequence):
             idle = self._idle(but=source)
             if idle is None:
@@ -295,13 +297,17 @@ class Scheduler:
         size = self._limits.block_tokens
         return -(-(sequence.computed + tokens) // size) - -(-sequence.computed // size) + sequence.shared_tail
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether a new sequence's tokens fit beside what the running ones still need: their prompts, and a block each to grow."""
+    def _fits(self, sequence: Sequence, *, beside_idle: bool = True) -> bool:
+        """Whether a new sequence's tokens fit beside what the running ones still need: their prompts, and a block each to grow.
+
+        Without those who are idle it is whether they might: the blocks that they share are counted as if they were their own.
+        """
         size = self._limits.block_tokens
         start = sequence.source.computed if sequence.source is not None else 0
         need = -(-sequence.goal // size) - -(-start // size) + (start % size != 0)
         planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.runs)
-        return need + planned <= self._pool.kv_blocks_free
+        idle = 0 if beside_idle else sum(-(-other.computed // size) for other in self._running if not other.runs and other is not sequence.source)
+        return need + planned <= self._pool.kv_blocks_free + idle
 
     def _any_runs(self) -> bool:
         return any(sequence.runs for sequence in self._running)

@@ -117,7 +117,7 @@ def test_color_is_off_where_the_user_says_so():
 
 @dataclass(frozen=True)
 class Sizes:
-    sizes: tuple[int, ...] = setting((1, 4), int, "sizes", unit="rows", minimum=1, maximum=9, sequence=True, commas=True)
+    sizes: tuple[int, ...] = setting((1, 4), int, "sizes", unit="rows", minimum=1, maximum=9, sequence=True, may_be_empty=False, commas=True)
 
 
 def test_a_setting_with_commas_takes_one_flag_with_one_or_more_values():
