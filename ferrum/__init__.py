@@ -19,13 +19,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "ferrum.llm",
-    "Stream": "ferrum.llm",
-    "Session": "ferrum.llm",
+    "Stream": "ferrum.stream",
+    "Session": "ferrum.stream",
     "RequestOutput": "ferrum.outputs",
     "CompletionOutput": "ferrum.outputs",
     "Logprob": "ferrum.outputs",
     "Piece": "ferrum.outputs",
     "Score": "ferrum.outputs",
+    "Usage": "ferrum.outputs",
+    "Timings": "ferrum.outputs",
     "SamplingParams": "ferrum.sampling",
     "Plan": "ferrum.memory_plan",
     "plan": "ferrum.memory_plan",
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
         UnsupportedModelError as UnsupportedModelError,
     )
     from ferrum.gguf_file import GGUFFile as GGUFFile
-    from ferrum.llm import LLM as LLM, Session as Session, Stream as Stream
+    from ferrum.llm import LLM as LLM
     from ferrum.options import EngineOptions as EngineOptions
     from ferrum.outputs import (
         CompletionOutput as CompletionOutput,
@@ -80,9 +82,12 @@ if TYPE_CHECKING:
         Piece as Piece,
         RequestOutput as RequestOutput,
         Score as Score,
+        Timings as Timings,
+        Usage as Usage,
     )
     from ferrum.memory_plan import Plan as Plan, plan as plan
     from ferrum.sampling import SamplingParams as SamplingParams
+    from ferrum.stream import Session as Session, Stream as Stream
     from ferrum.tokenizer import IncrementalDetokenizer as IncrementalDetokenizer, Tokenizer as Tokenizer
     from ferrum_native._native import Engine as Engine
 

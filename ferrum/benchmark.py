@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ferrum.errors import FerrumError, OptionError
-from ferrum.options import DEFAULT, Resolved, check_settings, resolve, setting
+from ferrum.options import DEFAULT, Resolved, check_settings, described, resolve, setting
 from ferrum.step_bytes import decode_step_bytes, distinct_experts
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ with LLM(model, **options) as llm, llm.stream(ids, SamplingParams(temperature=0,
 """
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class BenchParams:
     """What is measured. Raises OptionError that names the field, its value and what is allowed."""

@@ -3,180 +3,45 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from time import perf_counter
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from ferrum.chat_template import ChatTemplate
 from ferrum.engine_loop import EngineLoop, Retained
 from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileError, OptionError
 from ferrum.gguf_file import GGUFFile
 from ferrum.options import available_memory, resolve
-from ferrum.outputs import CompletionOutput, Piece, RequestOutput, Score
+from ferrum.outputs import RequestOutput, Score
+from ferrum.prompts import Message, Prompt, checked_params, conversations, joined_parts, params_for, several, template_variables, text_or_ids
 from ferrum.request import Request, Scoring
 from ferrum.sampler import Sampler
 from ferrum.sampling import SamplingParams
+from ferrum.stream import Session, Stream
 from ferrum.tokenizer import Tokenizer
 from ferrum_native._native import Engine, plan
 
 logger = logging.getLogger("ferrum")
 logger.addHandler(logging.NullHandler())
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
 # Smaller files are read as they are used: nobody would see them come.
 _WORTH_READING_AHEAD = 256 << 20  # bytes
 
 
-class Stream:
-    """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
-
-    The text goes on only while somebody waits for its next piece. Close the stream (or leave its `with` block, or drop it) to end early:
-    its KV cache is released, where a step is running by the next one, and `output` holds what was generated. One
-    thread at a time may iterate a stream; any thread, and a signal handler, may close it.
-    """
-
-    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None):
-        self._loop = loop
-        self._request = request
-        self._session = session
-        self._of: Session | None = None  # a session is closed with the last that uses it
-        self._submitted = False
-        self._raised = False
-        self.prompt_token_ids: list[int] = request.prompt_token_ids
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        request = self._request
-        assert request.stream is not None
-        if not request.stream and not request.finished:
-            self._wait()
-        with suppress(IndexError):  # at the end, and where a signal handler has closed the stream a moment ago
-            return request.stream.popleft()
-        if request.error is not None and not self._raised:
-            self._raised = True
-            raise request.error
-        raise StopIteration
-
-    @property
-    def output(self) -> RequestOutput:
-        """The result, once the stream has ended or was closed; RuntimeError before."""
-        if not self._request.finished:
-            raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its output.")
-        return self._request.output()
-
-    @property
-    def completion(self) -> CompletionOutput:
-        """The text of `output`."""
-        return self.output.outputs[0]
-
-    @property
-    def prompt_tokens_read(self) -> int:
-        """How many tokens of the prompt are in the KV cache; any thread may ask."""
-        return min(self._request.texts[0].sequence.computed, len(self.prompt_token_ids))
-
-    def close(self) -> None:
-        request = self._request
-        if request.stream is not None:
-            request.stream.clear()
-        if not request.finished:
-            request.cancel()
-            if self._submitted:
-                self._loop.drop(request)
-
-    def _wait(self) -> None:
-        request = self._request
-        self._loop.check_process()
-        if not self._submitted:
-            self._submitted = True
-            self._loop.submit(request, self._session)
-        self._loop.set_active(request, True)
-        try:
-            self._loop.drive(lambda: bool(request.stream) or request.finished)
-        finally:
-            self._loop.set_active(request, False)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "prompt_token_ids"):
-            self.close()
-
-
-class Session:
-    """A text that goes on turn by turn and keeps its KV cache, made by `LLM.session`.
-
-    A prompt is always the whole text so far. As far as its tokens are those of the turn before (prompt and reply), they
-    are not computed again. Between turns others may take the memory; then the next turn computes everything, with the same result.
-    """
-
-    def __init__(self, llm: LLM):
-        self._llm = llm
-        self._retained = Retained()
-        self._last: weakref.ref[Stream] | None = None
-
-    @property
-    def tokens_kept(self) -> int:
-        """Tokens that are in the KV cache now."""
-        sequence = self._retained.sequence
-        return 0 if sequence is None else sequence.computed
-
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
-        """As `LLM.stream`; RuntimeError while the stream of the turn before has not ended."""
-        last = self._stream()
-        if last is not None and not last._request.finished:
-            raise RuntimeError("The session's last stream has not ended. Iterate it to its end, or close it, before the next turn.")
-        params = SamplingParams() if sampling_params is None else sampling_params
-        text = prompt if isinstance(prompt, str) else None
-        stream = self._llm._stream(text, self._llm._checked(prompt, params), params, self._retained)
-        stream._of, self._last = self, weakref.ref(stream)
-        return stream
-
-    def close(self) -> None:
-        """Give the KV cache back."""
-        stream = self._stream()
-        if stream is not None:
-            stream.close()
-        self._llm._loop.drop(self._retained)
-
-    def _stream(self) -> Stream | None:
-        """The stream of the last turn, if anybody has it."""
-        return None if self._last is None else self._last()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_last"):
-            self.close()
-
-
 class LLM:
     """A model in memory: its file, tokenizer and engine.
 
     `model`: path of a GGUF file (any shard of a split one); None: FERRUM_MODEL, else the demo model of this package.
-    Options of None come from FERRUM_<OPTION>, else their default: see `ferrum.options.EngineOptions`, which gives
-    units and allowed values, and `options` for what is in force. `progress` is called with bytes done and bytes in all while
-    the weights of a large file are read from disk. Any thread may call; prompts of all threads run together. A
-    process made by fork() cannot use its parent's LLM: RuntimeError.
+    Options of None come from FERRUM_<OPTION>, else their default: help(ferrum.EngineOptions) describes each. `progress` is
+    called with bytes done and bytes in all while the weights of a large file are read from disk. Any thread may call;
+    prompts of all threads run together. A process made by fork() cannot use its parent's LLM: RuntimeError.
+
+    Attributes: `options` in force and their `sources`, the model's `config` (context_length, vocab_size, ...), its
+    `tokenizer` (stop_ids, ...) and `chat_template`, the path `model`, the `engine`, and `load_s`.
 
     Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
     """
@@ -226,47 +91,57 @@ class LLM:
         """Every option in force, with its value."""
         return self.engine.options
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the model is: context_length, vocab_size, num_layers and everything else that `inspect` shows."""
+        return self.engine.config
+
+    def __repr__(self) -> str:
+        state = "closed" if self.engine.closed else f"{self.engine.device}, kv_tokens={self.options['kv_tokens']}"
+        return f"<LLM {self.model!r}, {state}>"
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The file's chat template; UnsupportedModelError if it has none."""
         return ChatTemplate.from_tokenizer(self.tokenizer)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts, all together; the outputs are in the order of the prompts.
 
-        A prompt is a text (control tokens in it are recognised) or token ids; one may be given without a list.
-        `sampling_params`: for all prompts, or one each. Each text is the one that it would be alone.
+        A prompt is a text (control tokens in it are recognised), token ids, or {"prompt": text} or {"prompt_token_ids": ids};
+        one may be given without a list. `sampling_params`: for all prompts, or one each. Each text is the one that it would
+        be alone. `progress` is called with prompts done and prompts in all.
 
-        Raises before anything runs: ValueError for an empty prompt or params that do not fit, TypeError for prompts
-        that are neither text nor whole numbers, ContextFull or KVPoolExhausted for one that is too long, EngineClosed.
+        Raises before anything runs: ValueError for an empty prompt or params that do not fit, TypeError for what is no
+        prompt, ContextFull or KVPoolExhausted for one that is too long, EngineClosed.
         DeviceError and other errors while running end the call; nothing of it is left behind.
         """
-        prompts = _several(prompts)
-        params = _params_for(prompts, sampling_params)
-        checked = [self._checked(prompt, each) for prompt, each in zip(prompts, params)]
-        return self._run([prompt if isinstance(prompt, str) else None for prompt in prompts], checked, params)
+        given = several(prompts)
+        params = params_for(given, sampling_params)
+        return self._run([self._prepared(prompt, each, _place("prompts", i, given)) for i, (prompt, each) in enumerate(zip(given, params))], progress)
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **template_options: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: Progress | None = None, **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
-        conversations = _conversations(messages)
-        texts = [self.render_chat(conversation, **template_options) for conversation in conversations]
-        params = _params_for(texts, sampling_params)
-        checked = [self._checked(self._encode_rendered(text), each) for text, each in zip(texts, params)]
-        return self._run(texts, checked, params)
+        given = conversations(messages)
+        params = params_for(given, sampling_params)
+        return self._run([self._prepared_chat(conversation, each, template_options, _place("conversations", i, given))
+                          for i, (conversation, each) in enumerate(zip(given, params))], progress)
 
     def render_chat(self, messages: Sequence[Message], *, chat_template: str | None = None, **template_options: Any) -> str:
         """The text of a conversation by the file's chat template, or by the Jinja source `chat_template`.
 
-        A message has `role` and `content`. Options are those of `ChatTemplate.render`: `tools`, `add_generation_prompt`,
-        `continue_final_message`, and variables of the template such as `enable_thinking`. Errors as there.
+        A message has `role` and `content`; parts of content that are all text are joined by newlines. Options are those of
+        `ChatTemplate.render`: `tools`, `add_generation_prompt`, `continue_final_message`, and variables of the template such as
+        `enable_thinking` (or all in `chat_template_kwargs`). Errors as there, and TypeError for fields of SamplingParams.
         """
         template = self.chat_template if chat_template is None else ChatTemplate(chat_template, **self.chat_template.special_tokens)
-        return template.render(list(messages), **template_options)
+        return template.render([joined_parts(message) for message in messages], **template_variables(template_options))
 
     def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         """The token ids of `render_chat`: a prompt for `generate`, `stream` and `Session.stream`."""
@@ -278,17 +153,14 @@ class LLM:
         Raises at once what `generate` does before anything runs. A text that runs out of room later ends with
         finish_reason "length" and a notice.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        return self._stream(prompt if isinstance(prompt, str) else None, self._checked(prompt, params), params)
+        return self._prompt_stream(prompt, sampling_params)
 
     def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any) -> Stream:
         """Answer a conversation piece by piece: as `stream` for the prompt that `chat_prompt` makes of it."""
-        params = SamplingParams() if sampling_params is None else sampling_params
-        text = self.render_chat(messages, **template_options)
-        return self._stream(text, self._checked(self._encode_rendered(text), params), params)
+        return self._chat_stream(messages, sampling_params, template_options)
 
     def session(self) -> Session:
-        """A text that goes on turn by turn and keeps its KV cache."""
+        """A text that goes on turn by turn and keeps its KV cache: each turn is given the whole text so far."""
         return Session(self)
 
     def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
@@ -300,16 +172,17 @@ class LLM:
         if isinstance(continuations, (str, bytes, bytearray, memoryview)) or not isinstance(continuations, Iterable):
             raise TypeError(f"continuations is {type(continuations).__name__}: give a list of them, each a str or token ids.")
         params = SamplingParams(max_tokens=1)
-        ids = self._checked(prompt, params)
+        ids = self._prepared(prompt, params).ids
         parts: list[tuple[str | None, list[int]]] = []
-        for continuation in continuations:
-            text = continuation if isinstance(continuation, str) else None
-            part = self.tokenizer.encode(text, add_bos=False) if text is not None else _checked_ids(continuation, "A continuation")
+        for index, continuation in enumerate(continuations):
+            what = f"continuations[{index}]"
+            given = text_or_ids(continuation, what)
+            part = self.tokenizer.encode(given, add_bos=False) if isinstance(given, str) else given
             if not part:
-                raise ValueError("A continuation is empty: there is nothing to score.")
-            self._check_ids(part, "a continuation")
-            self._check_length(len(ids) + len(part) - 1, f"The prompt with a continuation has {len(ids) + len(part)}", params)
-            parts.append((text, part))
+                raise ValueError(f"{what} is empty: there is nothing to score.")
+            self._check_ids(part, what)
+            self._check_length(len(ids) + len(part) - 1, f"The prompt with {what} has {len(ids) + len(part)}", params)
+            parts.append((given if isinstance(given, str) else None, part))
         if not parts:
             return []
         scoring = Scoring(ids, parts)
@@ -319,11 +192,16 @@ class LLM:
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_bos: bool | None = None) -> list[int]:
         """The token ids of a text; see `Tokenizer.encode`."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is {type(text).__name__}: give one str.")
         return self.tokenizer.encode(text, parse_special=parse_special, add_bos=add_bos)
 
     def detokenize(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of token ids; see `Tokenizer.decode`."""
-        return self.tokenizer.decode(token_ids, skip_special=skip_special)
+        ids = text_or_ids(token_ids, "token_ids")
+        if isinstance(ids, str):
+            raise TypeError("token_ids is a str: give whole numbers.")
+        return self.tokenizer.decode(ids, skip_special=skip_special)
 
     def profile(self) -> dict[str, Any] | None:
         """What the engine's ops took so far, if the option `profile` is on: see `Engine.profile`."""
@@ -346,62 +224,89 @@ class LLM:
         if nbytes >= _WORTH_READING_AHEAD and (room is None or planned["total_bytes"] <= room) and self.engine.resident_fraction() < 0.9:
             self.engine.populate(progress)
 
-    def _stream(self, text: str | None, ids: list[int], params: SamplingParams, session: Retained | None = None) -> Stream:
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}, but a stream gives one text. Use generate, or open several streams.")
-        return Stream(self._loop, self._request(text, ids, params, streamed=True), session)
+    def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+        """A prompt that was checked, to be given to `run`; its `output()` can be read at any time, also after Ctrl-C."""
+        return self._request(self._prepared(prompt, checked_params(sampling_params)))
 
-    def _run(self, texts: Sequence[str | None], prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def request_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None, template_options: Mapping[str, Any]) -> Request:
+        """The same for a conversation."""
+        return self._request(self._prepared_chat(messages, checked_params(sampling_params), template_options))
+
+    def run(self, requests: Iterable[Request]) -> None:
+        """Run requests to their ends; however it is left, none of them goes on."""
+        for _ in self._loop.run(requests):
+            pass
+
+    def _prompt_stream(self, prompt: Prompt, sampling_params: SamplingParams | None, session: Retained | None = None) -> Stream:
+        return self._stream(self._prepared(prompt, checked_params(sampling_params)), session)
+
+    def _chat_stream(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None, template_options: Mapping[str, Any], session: Retained | None = None,
+    ) -> Stream:
+        return self._stream(self._prepared_chat(messages, checked_params(sampling_params), template_options), session)
+
+    def _stream(self, prepared: _Prepared, session: Retained | None) -> Stream:
+        if prepared.params.n != 1:
+            raise ValueError(f"n is {prepared.params.n}, but a stream gives one text. Use generate, or open several streams.")
+        return Stream(self._loop, self._request(prepared, streamed=True), session)
+
+    def _run(self, prepared: Sequence[_Prepared], progress: Progress | None) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         order: list[str] = []
 
         def requests() -> Iterator[Request]:
-            for text, ids, each in zip(texts, prompts, params):
-                request = self._request(text, ids, each)
+            for each in prepared:
+                request = self._request(each)
                 order.append(request.id)
                 yield request
 
         for request in self._loop.run(requests()):
-            output = request.output()
-            outputs[output.request_id] = output
+            outputs[request.id] = request.output()
+            if progress is not None:
+                progress(len(outputs), len(prepared))
         return [outputs[id] for id in order]
 
-    def _request(self, text: str | None, ids: list[int], params: SamplingParams, *, streamed: bool = False) -> Request:
-        request = Request(text, ids, params, self.tokenizer, load_s=self.load_s, streamed=streamed)
-        logger.debug("request %s: prompt token ids: %s", request.id, ids)
-        if not params.greedy:
-            logger.info("request %s: seed %d", request.id, request.seed)
+    def _request(self, prepared: _Prepared, *, streamed: bool = False) -> Request:
+        request = Request(prepared.text, prepared.ids, prepared.params, self.tokenizer, load_s=self.load_s, streamed=streamed)
+        logger.debug("request %s: prompt token ids: %s", request.id, prepared.ids)
+        if not prepared.params.greedy:
+            logger.debug("request %s: seed %d", request.id, request.seed)
         return request
 
     def _encode_rendered(self, text: str) -> list[int]:
         """A rendered template has its own beginning-of-text token, if any."""
         return self.tokenizer.encode(text, add_bos=False)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The ids of a prompt that can run with these params; text that is far too long is refused before the cost of encoding it."""
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params is {repr(params)[:40]}. Give SamplingParams(...), or a list of one for each prompt.")
+    def _prepared_chat(
+        self, messages: Sequence[Message], params: SamplingParams, template_options: Mapping[str, Any], what: str = "The prompt",
+    ) -> _Prepared:
+        text = self.render_chat(messages, **template_options)
+        return self._prepared(self._encode_rendered(text), params, what)._replace(text=text)
+
+    def _prepared(self, prompt: Prompt, params: SamplingParams, what: str = "The prompt") -> _Prepared:
+        """A prompt that can run with these params; text that is far too long is refused before the cost of encoding it."""
         self._loop.check_process()
         if self.engine.closed:
             raise EngineClosed("The model was closed. Load it again to generate.")
         self._loop.settle()
-        if isinstance(prompt, str):
-            fewest = self.tokenizer.fewest_tokens(prompt)
-            self._check_length(fewest, f"The prompt has at least {fewest}", params)
-            ids = self.tokenizer.encode(prompt)
+        given = text_or_ids(prompt, what)
+        if isinstance(given, str):
+            fewest = self.tokenizer.fewest_tokens(given)
+            self._check_length(fewest, f"{what} has at least {fewest}", params)
+            ids = self.tokenizer.encode(given)
         else:
-            ids = _checked_ids(prompt)
+            ids = given
         if not ids:
-            raise ValueError("The prompt is empty. Give at least one token to continue.")
-        self._check_ids(ids, "the prompt")
-        self._check_length(len(ids), f"The prompt has {len(ids)}", params)
+            raise ValueError(f"{what} is empty. Give at least one token to continue.")
+        self._check_ids(ids, what)
+        self._check_length(len(ids), f"{what} has {len(ids)}", params)
         self._check_params(params)
-        return ids
+        return _Prepared(given if isinstance(given, str) else None, ids, params)
 
     def _check_ids(self, ids: Sequence[int], what: str, kind: type[ValueError] = ValueError) -> None:
         for id in (min(ids), max(ids)):
             if not 0 <= id < self._vocab_size:
-                raise kind(f"token id {id} of {what} is not in the vocabulary (0..{self._vocab_size - 1}). Pass ids of this model.")
+                raise kind(f"token id {id} of {what[0].lower()}{what[1:]} is not in the vocabulary (0..{self._vocab_size - 1}). Pass ids of this model.")
 
     def _check_params(self, params: SamplingParams) -> None:
         """Refuse ids outside the vocabulary, and params that leave no token to draw."""
@@ -421,57 +326,22 @@ class LLM:
         if tokens > context:
             raise ContextFull(f"{shown} tokens, the model's context holds {context}. Shorten the prompt.")
         if tokens > capacity:
-            wanted = min(tokens + params.max_tokens, context)
+            wanted = context if params.max_tokens is None else min(tokens + params.max_tokens, context)
             raise KVPoolExhausted(f"{shown} tokens, the KV cache holds {capacity}. "
                                   f"Shorten the prompt or raise kv_tokens (--kv-tokens {wanted}).")
 
 
-def _several(prompts: Any) -> list[Any]:
-    """A list of prompts; a single one is a text or whole numbers."""
-    if isinstance(prompts, (str, bytes, bytearray, memoryview)) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
-        return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and _is_whole_number(prompts[0]) else prompts
+class _Prepared(NamedTuple):
+    """A prompt that was checked; `text` where it was one."""
+
+    text: str | None
+    ids: list[int]
+    params: SamplingParams
 
 
-def _params_for(prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    """Params for each prompt."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, (SamplingParams, str, Mapping)) or not isinstance(params, Iterable):
-        return [params] * len(prompts)
-    params = list(params)
-    if len(params) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts were given {len(params)} sampling_params. Give one for all, or one each.")
-    return params
-
-
-def _conversations(messages: Any) -> list[Any]:
-    """A list of conversations; a single one has messages, which are mappings."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise TypeError(f"messages is {type(messages).__name__}: give a list of messages, which have role and content, or a list of such lists.")
-    messages = list(messages)
-    return [messages] if not messages or isinstance(messages[0], Mapping) else messages
-
-
-def _is_whole_number(value: Any) -> bool:
-    """Whether it may be a token id; arrays of more than one number have `__index__` too."""
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
-
-
-def _checked_ids(prompt: Any, what: str = "The prompt") -> list[int]:
-    """Token ids as ints; bytes and truth values, which Python takes for whole numbers, are refused."""
-    advice = "Give a str, or token ids as whole numbers."
-    if isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise TypeError(f"{what} is {type(prompt).__name__}, not text: decode it first. {advice}")
-    try:
-        given = list(prompt)
-    except TypeError:
-        raise TypeError(f"{what} is {type(prompt).__name__}. {advice}") from None
-    for id in given:
-        if isinstance(id, (bool, np.bool_)) or not _is_whole_number(id):
-            raise TypeError(f"{what} has the token id {repr(id)[:40]}. {advice}")
-    return [operator.index(id) for id in given]
+def _place(name: str, index: int, given: Sequence[Any]) -> str:
+    """How errors call a prompt: by its place where there are several."""
+    return f"{name}[{index}]" if len(given) > 1 else "The prompt"
 
 
 def _log_plan(planned: dict[str, Any]) -> None:

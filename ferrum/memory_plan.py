@@ -30,13 +30,27 @@ class Plan:
     options: dict[str, Any]
 
 
-def plan(model: str | os.PathLike | None = None, **options: Any) -> Plan:
-    """The plan of `LLM(model, **options)`: only the file's header is read, nothing is allocated.
+def plan(
+    model: str | os.PathLike | None = None,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    kv_tokens: int | None = None,
+    memory_budget: int | str | None = None,
+    kv_type: str | None = None,
+    activations: str | None = None,
+    max_sequences: int | None = None,
+    prefill_chunk: int | None = None,
+    max_logit_rows: int | None = None,
+) -> Plan:
+    """The plan of an LLM with these options: only the file's header is read, nothing is allocated.
 
     With `memory_budget` the KV cache is fitted to it. Raises OutOfMemory with the figures where that cannot be, and
     otherwise what LLM raises.
     """
     from ferrum_native._native import plan as native_plan
 
-    resolved = resolve(model, options)
+    resolved = resolve(model, dict(
+        device=device, threads=threads, kv_tokens=kv_tokens, memory_budget=memory_budget, kv_type=kv_type, activations=activations,
+        max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows))
     return Plan(model=resolved.model, **native_plan(GGUFFile.open(resolved.model), **resolved.options.arguments()))

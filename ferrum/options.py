@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ferrum.errors import OptionError
@@ -64,10 +65,10 @@ class Setting:
             return "True or False"
         if self.commas:
             return replace(self, commas=False).expected().replace("a whole number", "whole numbers", 1) + ", with commas between"
+        if self.unit == "bytes":
+            return f"a whole number of bytes such as 12GiB, at least {_plain(self.minimum)}"
         noun = "a whole number" if self.kind is int else "a number"
         of = f" of {self.unit}" if self.unit else ""
-        if self.unit == "bytes":
-            of += " such as 12GiB,"
         if self.mapping:
             noun = f"ID=X with a token id and {noun}"
         if self.above is not None:
@@ -198,6 +199,16 @@ def check_settings(instance: Any) -> None:
         object.__setattr__(instance, name, rule.check(getattr(instance, name), name))
 
 
+def described(cls: type) -> type:
+    """Adds what every setting of a dataclass means to its docstring, as its flags' help says it; a decorator above @dataclass."""
+    lines = []
+    for name, (field, rule) in settings_of(cls).items():
+        default = rule.default_text or repr(field.default)
+        lines.append(f"    {name}: {rule.help} ({rule.expected()}; default: {default})")
+    cls.__doc__ = f"{cls.__doc__}\n    Fields:\n\n" + "\n".join(lines) + "\n    "
+    return cls
+
+
 def flag_name(name: str, rule: Setting) -> str:
     return rule.flag if isinstance(rule.flag, str) else "--" + name.replace("_", "-")
 
@@ -206,6 +217,7 @@ def variable_name(name: str) -> str:
     return "FERRUM_" + name.upper()
 
 
+@described
 @dataclass(frozen=True)
 class EngineOptions:
     """How the engine runs a model; None leaves the choice to the engine, which says what it chose in `Engine.options`.
@@ -223,8 +235,8 @@ class EngineOptions:
         unit="tokens", minimum=1, maximum=1 << 30, default_text="the model's context or what fits, at most 8192",
     )
     memory_budget: int | None = setting(
-        None, int, "most memory for weights, KV cache and scratch: the KV cache is fitted to it",
-        unit="bytes", minimum=1, maximum=(1 << 63) - 1, default_text="none; the KV cache fits what is available",
+        None, int, "most memory for weights, KV cache and scratch: the default of kv_tokens fits it, but for at least 512",
+        unit="bytes", minimum=1 << 20, maximum=(1 << 63) - 1, default_text="none; the KV cache fits what is available",
         metavar="12GiB",
     )
     kv_type: str = setting("f16", str, "number type of the KV cache (f32 is for proof)", choices=("f16", "f32"), metavar="TYPE")
@@ -266,9 +278,14 @@ class Resolved(NamedTuple):
 def resolve(model: str | os.PathLike | None, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Resolved:
     """Settle every option once: what is given (None: nothing), else FERRUM_<OPTION>, else the default."""
     environ = os.environ if environ is None else environ
+    known = settings_of(EngineOptions)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise TypeError(f"there is no option {name}." + (f" Did you mean {close[0]}?" if close else f" There are {', '.join(known)}."))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for name, (_, rule) in settings_of(EngineOptions).items():
+    for name, (_, rule) in known.items():
         text = environ.get(variable_name(name), "")
         if given.get(name) is not None:
             values[name], sources[name] = given[name], GIVEN

@@ -23,12 +23,12 @@ top-k and top-p; llama.cpp's usual chain applies the temperature last. Penalties
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ferrum.errors import DeviceError, OptionError
-from ferrum.options import check_settings, setting
+from ferrum.options import check_settings, described, setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,11 +42,12 @@ SMALLEST_TEMPERATURE = 2.0**-126  # engines take it as float32
 SUM_ROUNDING = 1e-10  # of a running float64 sum over any vocabulary
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued. Raises OptionError that names the field, its value and what is allowed.
 
-    The same seed gives the same text, whatever runs beside it; None draws a fresh seed, reported in the output. Sample
+    max_tokens None: until the model's context or the KV cache is full. Values are kept as tuples and dicts. The same seed gives the same text, whatever runs beside it; None draws a fresh seed, reported in the output. Sample
     i of `n` draws with seed + i. Log-probabilities are those of the model, before edits and temperature.
     """
 
@@ -54,8 +55,8 @@ class SamplingParams:
         1, int, "texts to sample for a prompt, which is read once", unit="samples", minimum=1, maximum=4096,
         flag="--num-samples",
     )
-    max_tokens: int = setting(
-        256, int, "most tokens to generate", unit="tokens", minimum=1, maximum=1 << 31, short_flag="-n"
+    max_tokens: int | None = setting(
+        256, int, "most tokens to generate", unit="tokens", minimum=1, maximum=1 << 31, short_flag="-n", default_text="256",
     )
     min_tokens: int = setting(
         0, int, "tokens before the text may end: until then no token that ends it is drawn and stop strings do not count",
@@ -65,7 +66,7 @@ class SamplingParams:
         0.7, float, "0 takes the likeliest token each time; higher is more varied", minimum=0.0, maximum=1000.0,
         metavar="T",
     )
-    top_k: int = setting(0, int, "draw from the K likeliest tokens only; 0: off", minimum=0, maximum=1 << 31, metavar="K")
+    top_k: int = setting(0, int, "draw from the K likeliest tokens only; 0 or -1: off", minimum=-1, maximum=1 << 31, metavar="K")
     top_p: float = setting(
         1.0, float, "draw from the likeliest tokens that together have probability P; 1: off",
         above=0.0, maximum=1.0, metavar="P",
@@ -89,15 +90,15 @@ class SamplingParams:
         0.0, float, "take X from the logit of a token for each time it is in the text; 0: off",
         minimum=-100.0, maximum=100.0, metavar="X",
     )
-    logit_bias: dict[int, float] = setting(
+    logit_bias: Mapping[int, float] = setting(
         None, float, "add X to the logit of token ID; may be repeated", mapping=True, minimum=-1e9, maximum=1e9,
         default_text="none", metavar="ID=X",
     )
-    allowed_token_ids: tuple[int, ...] | None = setting(
+    allowed_token_ids: Sequence[int] | None = setting(
         None, int, "draw from these tokens only; may be repeated", sequence=True, may_be_empty=False, minimum=0, maximum=(1 << 31) - 1,
         default_text="all", metavar="ID", flag="--allowed-token-id",
     )
-    banned_token_ids: tuple[int, ...] = setting(
+    banned_token_ids: Sequence[int] = setting(
         (), int, "never draw this token; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
         default_text="none", metavar="ID", flag="--banned-token-id",
     )
@@ -105,10 +106,10 @@ class SamplingParams:
         None, int, "repeat a text: the same seed draws the same tokens", minimum=0, maximum=(1 << 64) - 1,
         default_text="a fresh one", metavar="S",
     )
-    stop: tuple[str, ...] = setting(
+    stop: Sequence[str] = setting(
         (), str, "end before this text appears; may be repeated", sequence=True, default_text="none", metavar="TEXT"
     )
-    stop_token_ids: tuple[int, ...] = setting(
+    stop_token_ids: Sequence[int] = setting(
         (), int, "end at this token too; may be repeated", sequence=True, minimum=0, maximum=(1 << 31) - 1,
         default_text="none", metavar="ID", flag="--stop-token-id",
     )
@@ -123,7 +124,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise OptionError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}. Lower it, or raise max_tokens.")
 
     @property
@@ -181,7 +182,7 @@ def draw_rule(params: SamplingParams) -> tuple[float, float, float, float, float
     """A row of `draw_rules`."""
     if params.greedy:
         return 1.0, 1.0, 1.0, 0.0, 1.0
-    return max(params.temperature, SMALLEST_TEMPERATURE), params.top_k or float("inf"), params.top_p, params.min_p, params.typical_p
+    return max(params.temperature, SMALLEST_TEMPERATURE), params.top_k if params.top_k > 0 else float("inf"), params.top_p, params.min_p, params.typical_p
 
 
 def draw_rules(rows: list[tuple[float, float, float, float, float]]) -> DrawRules:

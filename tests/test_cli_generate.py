@@ -2,9 +2,12 @@
 
 import json
 import math
+import signal
+import subprocess
+import time
 
 import pytest
-from test_cli import GREEDY, PROMPT, assert_short_error, ferrum
+from test_cli import GREEDY, PROMPT, assert_short_error, command, environment, ferrum
 
 from ferrum import LLM, SamplingParams
 
@@ -56,6 +59,25 @@ def test_samples_are_lines_of_json_or_parts_of_the_text(llm):
     code, out, err = ferrum(*arguments)
     assert out == "".join(f"[{i + 1} of 3, seed {5 + i}]\n{completion.text}\n" for i, completion in enumerate(expected.outputs))
     assert "3 texts" in err
+
+
+def test_ctrl_c_keeps_several_texts_as_far_as_they_came():
+    process = subprocess.Popen(command("generate", PROMPT, "--num-samples", "3", "-n", "1800", "--ignore-eos", "--json", "--threads", "1", "--verbose"),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    while b": seed " not in process.stderr.readline():
+        pass
+    time.sleep(0.3)  # some tokens of the thousands to come
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    texts = lines(out.decode())
+    assert [text["finish_reason"] for text in texts] == ["cancelled"] * 3 and all(text["text"] for text in texts)
+
+
+def test_usage_of_a_line_is_that_of_its_text():
+    _, out, _ = ferrum("generate", PROMPT, "--num-samples", "2", "--seed", "5", "-n", "12", "--json")
+    for value in lines(out):
+        assert value["usage"] == {"prompt_tokens": 4, "completion_tokens": len(value["token_ids"]), "total_tokens": 4 + len(value["token_ids"])}
 
 
 def test_logprobs_show_in_json(llm):

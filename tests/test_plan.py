@@ -60,7 +60,7 @@ def test_a_default_pool_of_less_than_512_tokens_or_the_context_is_refused(model,
     least = min(512, 256 if context == 250 else 512)
     assert plan(file, memory_budget=total(file, least), **GIVEN)["options"]["kv_tokens"] == least
     for call in (plan, Engine):
-        with pytest.raises(OutOfMemory, match=f"kv_tokens={least}, .* At most kv_tokens={least - 16} would fit"):
+        with pytest.raises(OutOfMemory, match=f"kv_tokens={least}, .* Without kv_tokens at least {least} must fit; at most {least - 16} would"):
             call(file, memory_budget=total(file, least) - 1, **GIVEN)
     assert plan(file, memory_budget=total(file, least) - 1, kv_tokens=least - 16, **GIVEN)["options"]["kv_tokens"] == least - 16
 

@@ -138,7 +138,7 @@ def test_logits_that_are_not_finite_are_an_error(logits):
 
 @pytest.mark.parametrize("field, value", [
     ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"), ("temperature", -0.1), ("temperature", 1001),
-    ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1),
+    ("temperature", math.nan), ("temperature", math.inf), ("top_k", -2), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1),
     ("seed", -1), ("seed", 1 << 64), ("allowed_token_ids", []), ("stop", [""]), ("stop", [3]), ("stop", 5),
     pytest.param("top_k", 10**400, id="long"), pytest.param("temperature", 10**400, id="long-float"),
 ])

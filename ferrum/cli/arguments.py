@@ -8,10 +8,20 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ferrum.cli.output import program
 from ferrum.options import EngineOptions, Setting, flag_name, settings_of
+
+
+# What llama.cpp, mlx-lm and vLLM call flags of ours.
+_ELSEWHERE = {
+    "--temp": "--temperature", "-t": "--threads", "-c": "--kv-tokens", "--ctx-size": "--kv-tokens", "--max-model-len": "--kv-tokens",
+    "--n-predict": "--max-tokens", "--repeat-penalty": "--repetition-penalty", "--typical": "--typical-p", "-s": "--seed",
+    "-sys": "--system", "--system-prompt": "--system", "--cache-type-k": "--kv-type", "--max-num-seqs": "--max-sequences",
+    "-b": "--prefill-chunk", "--batch-size": "--prefill-chunk", "-ctk": "--kv-type", "--ignore-eos-token": "--ignore-eos",
+}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -45,10 +55,17 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         flags = [text for text in unknown if text.startswith("-")]
         if flags:
-            self.error(f"there is no flag {flags[0]}")
+            self.error(f"there is no flag {flags[0]}{self._meant(flags[0])}")
         if unknown:
             self.error(self._unexpected(unknown[0]))
         return namespace
+
+    def _meant(self, flag: str) -> str:
+        """A flag of ours that looks like an unknown one, or has its meaning in other programs."""
+        ours = [name for action in self._actions for name in action.option_strings]
+        name = flag.split("=")[0].replace("_", "-")
+        close = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in ours else get_close_matches(name, ours, n=1)
+        return f". Did you mean {close[0]}?" if close else ""
 
     def _unexpected(self, text: str) -> str:
         if any(not action.option_strings for action in self._actions):
@@ -58,7 +75,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if valued := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
             message = f"{valued[1]} takes no value, but {valued[2]} was given"
-        self.exit(2, f"error: {message[:1].upper()}{message[1:]}.\nMore: {self.prog} --help\n")
+        self.exit(2, f"error: {message[:1].upper()}{message[1:]}{'' if message.endswith('?') else '.'}\nMore: {self.prog} --help\n")
 
     @staticmethod
     def add_chat(group: argparse._ArgumentGroup) -> None:
@@ -92,7 +109,7 @@ def add_settings(group: argparse._ArgumentGroup, cls: type, *, without: Collecti
         if not rule.flag or name in without:
             continue
         names = filter(None, (rule.short_flag, flag_name(name, rule)))
-        help = _help(rule, defaults.get(name, field.default)).replace("%", "%%")
+        help = _help(rule, field.default, defaults.get(name)).replace("%", "%%")
         if rule.kind is bool:
             group.add_argument(*names, dest=name, action="store_true", default=None, help=help)
         else:
@@ -120,8 +137,8 @@ def _repeated(rule: Setting) -> bool:
     return (rule.sequence and not rule.commas) or rule.mapping
 
 
-def _help(rule: Setting, default: Any) -> str:
-    shown = rule.default_text or ("" if default is MISSING or rule.kind is bool else str(default))
+def _help(rule: Setting, default: Any, of_command: str | None = None) -> str:
+    shown = of_command or rule.default_text or ("" if default is MISSING or rule.kind is bool else str(default))
     return f"{rule.help} (default: {shown})" if shown else rule.help
 
 

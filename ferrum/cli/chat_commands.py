@@ -94,7 +94,7 @@ def _stats(chat: Chat, _: str) -> None:
         used = 0
     else:
         usage, timings, reused = chat.last.usage, chat.last.timings, chat.last.num_cached_tokens
-        used = usage.total_tokens
+        used = min(usage.total_tokens, context)  # the last token of a full context has no place in it
         rows += [
             ("last prompt", f"{tokens(usage.prompt_tokens)}: {reused} reused from the KV cache, {usage.prompt_tokens - reused} read"
              f" at {rate(timings.prefill_tokens_per_s)}"),

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
-from ferrum.cli.output import BOLD, DIM, json_line, note, program, shown, styled
+from ferrum.cli.output import BOLD, DIM, ProgressLine, json_line, note, program, shown, styled
 from ferrum.cli.running import ending, first_token, load, log_to_stderr, note_profile, rate, reading, sampling_params, template_variables, tokens
 from ferrum.errors import OptionError
 from ferrum.options import EngineOptions
+from ferrum.outputs import Usage
 from ferrum.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ Continue a text, or with --chat answer a message. What is generated streams to
 stdout, then one line of statistics goes to stderr.
 
 On a terminal the text to continue is shown first, in bold. In a pipe or a file
-stdout is exactly the continuation and one newline. Ctrl-C ends the text and
-keeps it. Exit code: 0, 1 error, 2 wrong usage, 130 ended by Ctrl-C, 141 the
-reader of a pipe went away."""
+stdout is exactly the continuation and one newline; of several texts
+(--num-samples) each stands under a line with its number and seed. Ctrl-C ends
+the text and keeps it. Exit code: 0, 1 error, 2 wrong usage, 130 ended by
+Ctrl-C, 141 the reader of a pipe went away."""
 _EXAMPLES = """\
   {program} generate "Once upon a time"
   {program} generate "The little fox" -n 60 --temperature 0
@@ -64,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     with load(arguments.model, options) as llm:
         interrupted = False
         if params.n > 1:
-            _show_all(_generate(llm, prompt, params, arguments), arguments)
+            output, interrupted = _generate(llm, prompt, params, arguments)
+            _show_all(output, arguments)
         else:
             interrupted = _show(_stream(llm, prompt, params, arguments), arguments, prompt)
         if not arguments.json:
@@ -106,10 +109,18 @@ def _read_prompt(argument: str | None) -> str:
     return text
 
 
-def _generate(llm: LLM, prompt: str, params: SamplingParams, arguments: argparse.Namespace) -> RequestOutput:
+def _generate(llm: LLM, prompt: str, params: SamplingParams, arguments: argparse.Namespace) -> tuple[RequestOutput, bool]:
+    """Several texts of one prompt, and whether Ctrl-C ended them: then they are as far as they came."""
     if arguments.chat:
-        return llm.chat(_messages(arguments, prompt), params, **template_variables(arguments))[0]
-    return llm.generate(prompt, params)[0]
+        request = llm.request_chat(_messages(arguments, prompt), params, template_variables(arguments))
+    else:
+        request = llm.request(prompt, params)
+    try:
+        with ProgressLine(lambda: f"{params.n} texts, {sum(text.length for text in request.texts)} tokens"):
+            llm.run([request])
+    except KeyboardInterrupt:
+        return request.output(), True
+    return request.output(), False
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, arguments: argparse.Namespace) -> Stream:
@@ -135,12 +146,18 @@ def _consume(stream: Stream, prompt: str, *, silent: bool) -> bool:
     out = sys.stdout
     length = 0
     interrupted = False
-    if not silent and out.isatty():
-        out.write(styled(shown(prompt, out), BOLD, out))
-        out.flush()
+    def echo() -> None:
+        """The prompt, once it was read: until then the line of progress stands where it will."""
+        if not silent and out.isatty():
+            out.write(styled(shown(prompt, out), BOLD, out))
+            out.flush()
+
     try:
-        with reading(stream):
-            piece = next(stream, None)
+        try:
+            with reading(stream):
+                piece = next(stream, None)
+        finally:
+            echo()
         while piece is not None:
             if not silent:
                 out.write(shown(piece.text, out))
@@ -187,11 +204,13 @@ def _statistics(output: RequestOutput) -> str:
 
 
 def _json_line(output: RequestOutput, completion: CompletionOutput) -> str:
-    """prompt, the fields of the completion, usage, timings; log-probabilities where asked for."""
+    """prompt, the fields of the completion, its usage, the request's timings; log-probabilities where asked for."""
     fields = asdict(completion)
     if completion.logprobs is None:
         del fields["logprobs"], fields["cumulative_logprob"]
     asked: dict[str, Any] = {}
     if output.prompt_logprobs is not None:
         asked["prompt_logprobs"] = [place and {id: asdict(logprob) for id, logprob in place.items()} for place in output.prompt_logprobs]
-    return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(output.usage), "timings": asdict(output.timings)})
+    generated = len(completion.token_ids)
+    usage = Usage(output.usage.prompt_tokens, generated, output.usage.prompt_tokens + generated)
+    return json_line({"prompt": output.prompt, **fields, **asked, "usage": asdict(usage), "timings": asdict(output.timings)})

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         for title, rows in _sections(report):
             print(styled(title, BOLD, sys.stdout))
             for name, value in rows:
-                print(printable(f"  {name:<22}{value}".rstrip()))
+                print(printable(f"  {name:<21} {value}".rstrip()))
     if not report["reason"]:
         return 0
     if not arguments.json:
@@ -63,8 +63,12 @@ def describe(file: GGUFFile, resolved: Resolved) -> dict[str, Any]:
     planned, reason = None, None
     try:
         planned = plan(file, **resolved.options.arguments())
-    except (ModelFileError, OutOfMemory) as error:
+    except ModelFileError as error:
         reason = str(error)
+    except OutOfMemory as error:  # what it would take without the budget
+        reason = str(error)
+        planned = plan(file, **resolved.options.arguments() | {"memory_budget": None})
+        planned["options"]["memory_budget"] = resolved.options.memory_budget
     vocabulary = _vocabulary(file)
     effective = planned["options"] if planned else resolved.options.arguments()
     return {

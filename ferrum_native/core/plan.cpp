@@ -44,11 +44,13 @@ bool fits(const EnginePlan& plan) {
   return plan.total() - (plan.weights > o.available_memory ? plan.weights : 0) <= o.available_memory;
 }
 
-[[noreturn]] void refuse(const EnginePlan& plan, int fitting_blocks) {
+[[noreturn]] void refuse(const EnginePlan& plan, int fitting_blocks, bool default_size) {
   std::string text = "the engine would take " + size_text(plan.total()) + ", but memory_budget is " + size_text(plan.options.memory_budget) + ": weights " + size_text(plan.weights);
   if (plan.weights_extra > 0) text += ", copies of weights " + size_text(plan.weights_extra);
   text += ", KV cache " + size_text(plan.kv) + " for kv_tokens=" + std::to_string(plan.options.kv_tokens) + ", scratch " + size_text(plan.scratch) + ". ";
-  if (fitting_blocks > 0)
+  if (fitting_blocks > 0 && default_size)
+    text += "Without kv_tokens at least " + std::to_string(plan.options.kv_tokens) + " must fit; at most " + std::to_string(fitting_blocks * kv_block_tokens) + " would. Give that as kv_tokens, raise memory_budget, or lower prefill_chunk or max_sequences.";
+  else if (fitting_blocks > 0)
     text += "At most kv_tokens=" + std::to_string(fitting_blocks * kv_block_tokens) + " would fit. Raise memory_budget, or lower kv_tokens, prefill_chunk or max_sequences.";
   else if (plan.weights + plan.weights_extra < plan.options.memory_budget)
     text += "Not even one block of " + std::to_string(kv_block_tokens) + " tokens would fit. Raise memory_budget, or lower prefill_chunk or max_sequences.";
@@ -71,7 +73,7 @@ EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& 
     (fits(plan_of(middle)) ? most : above) = middle;
   }
   const int least = given ? wanted : std::min(wanted, blocks_for(least_kv_tokens));
-  if (budget && most < least) refuse(plan_of(least), most);
+  if (budget && most < least) refuse(plan_of(least), most, !given);
   return plan_of(std::max(most, least));
 }
 

@@ -15,12 +15,12 @@ def main() -> None:
     with LLM(*sys.argv[1:2]) as llm, llm.session() as session:
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
-            prompt = llm.chat_prompt(messages)
-            kept = session.tokens_kept
-            with session.stream(prompt, SamplingParams(max_tokens=60, temperature=0)) as stream:
+            # A session remembers no messages: each turn is given the whole conversation.
+            with session.stream_chat(messages, SamplingParams(max_tokens=60, temperature=0)) as stream:
                 reply = "".join(piece.text for piece in stream)
             messages.append({"role": "assistant", "content": reply})
-            print(f"> {question}\n{reply}\n[{len(prompt)} prompt tokens; {kept} were in the KV cache before]")
+            output = stream.output
+            print(f"> {question}\n{reply}\n[{output.usage.prompt_tokens} prompt tokens; {output.num_cached_tokens} were in the KV cache before]")
 
 
 if __name__ == "__main__":

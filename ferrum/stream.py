@@ -1,0 +1,161 @@
+"""Texts as they come: a stream, and a session of streams that keeps its KV cache."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ferrum.engine_loop import EngineLoop, Retained
+from ferrum.outputs import CompletionOutput, Piece, RequestOutput
+from ferrum.prompts import Message, Prompt
+from ferrum.request import Request
+from ferrum.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ferrum.llm import LLM
+
+
+class Stream:
+    """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
+
+    The text goes on only while somebody waits for its next piece. Close the stream (or leave its `with` block, or drop it) to end early:
+    its KV cache is released, where a step is running by the next one, and `output` holds what was generated. One
+    thread at a time may iterate a stream; any thread, and a signal handler, may close it.
+    """
+
+    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None):
+        self._loop = loop
+        self._request = request
+        self._session = session
+        self._of: Session | None = None  # a session is closed with the last that uses it
+        self._submitted = False
+        self._raised = False
+        self.prompt_token_ids: list[int] = request.prompt_token_ids
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        request = self._request
+        assert request.stream is not None
+        if not request.stream and not request.finished:
+            self._wait()
+        with suppress(IndexError):  # at the end, and where a signal handler has closed the stream a moment ago
+            return request.stream.popleft()
+        if request.error is not None and not self._raised:
+            self._raised = True
+            raise request.error
+        raise StopIteration
+
+    @property
+    def output(self) -> RequestOutput:
+        """The result, once the stream has ended or was closed; RuntimeError before."""
+        if not self._request.finished:
+            raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its output.")
+        return self._request.output()
+
+    @property
+    def completion(self) -> CompletionOutput:
+        """The text of `output`."""
+        return self.output.outputs[0]
+
+    @property
+    def prompt_tokens_read(self) -> int:
+        """How many tokens of the prompt are in the KV cache; any thread may ask."""
+        return min(self._request.texts[0].sequence.computed, len(self.prompt_token_ids))
+
+    def close(self) -> None:
+        request = self._request
+        if request.stream is not None:
+            request.stream.clear()
+        if not request.finished:
+            request.cancel()
+            if self._submitted:
+                self._loop.drop(request)
+
+    def _wait(self) -> None:
+        request = self._request
+        self._loop.check_process()
+        if not self._submitted:
+            self._submitted = True
+            self._loop.submit(request, self._session)
+        self._loop.set_active(request, True)
+        try:
+            self._loop.drive(lambda: bool(request.stream) or request.finished)
+        finally:
+            self._loop.set_active(request, False)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "prompt_token_ids"):
+            self.close()
+
+
+class Session:
+    """A text that goes on turn by turn and keeps its KV cache, made by `LLM.session`.
+
+    A prompt is always the whole text so far, not only what is new: a session remembers no text. As far as its tokens are those of the turn before (prompt and reply), they
+    are not computed again. Between turns others may take the memory; then the next turn computes everything, with the same result.
+    """
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+        self._retained = Retained()
+        self._closed = False
+        self._last: weakref.ref[Stream] | None = None
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that are in the KV cache now."""
+        sequence = self._retained.sequence
+        return 0 if sequence is None else sequence.computed
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """As `LLM.stream`; RuntimeError while the stream of the turn before has not ended, or after `close`."""
+        self._check_free()
+        return self._keep(self._llm._prompt_stream(prompt, sampling_params, self._retained))
+
+    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any) -> Stream:
+        """As `LLM.stream_chat` for the whole conversation so far: its earlier turns need not be computed again."""
+        self._check_free()
+        return self._keep(self._llm._chat_stream(messages, sampling_params, template_options, self._retained))
+
+    def _check_free(self) -> None:
+        last = self._stream()
+        if self._closed:
+            raise RuntimeError("The session was closed. Make a new one with llm.session().")
+        if last is not None and not last._request.finished:
+            raise RuntimeError("The session's last stream has not ended. Iterate it to its end, or close it, before the next turn.")
+
+    def _keep(self, stream: Stream) -> Stream:
+        stream._of, self._last = self, weakref.ref(stream)
+        return stream
+
+    def close(self) -> None:
+        """Give the KV cache back."""
+        self._closed = True
+        stream = self._stream()
+        if stream is not None:
+            stream.close()
+        self._llm._loop.drop(self._retained)
+
+    def _stream(self) -> Stream | None:
+        """The stream of the last turn, if anybody has it."""
+        return None if self._last is None else self._last()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_last"):
+            self.close()
