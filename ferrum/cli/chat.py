@@ -168,7 +168,8 @@ class Chat:
         return f"Not sent: the conversation would have {count} tokens, {place}.\n{advice[0].upper()}{advice[1:]}."
 
     def _with_more_room(self, count: int) -> str:
-        return f"start again with --kv-tokens {min(count + self.params.max_tokens, self.llm.engine.config['context_length'])}"
+        wanted = count + (self.params.max_tokens or REPLY_TOKENS)
+        return f"start again with --kv-tokens {min(wanted, self.llm.engine.config['context_length'])}"
 
     def _statistics(self, output: RequestOutput) -> str:
         completion, timings = output.outputs[0], output.timings
