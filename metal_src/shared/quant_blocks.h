@@ -1,0 +1,42 @@
+// Types and block layouts of weights, for host and kernels. As defined by ggml (ggml-common.h of the GGUF format's reference implementation);
+// all little endian. `d` and `dmin` are float16 bits.
+#pragma once
+#include "integers.h"
+
+namespace ferrum {
+
+/// Type ids of the GGUF format.
+namespace type_id {
+enum { f32 = 0, f16 = 1, q8_0 = 8, q4_k = 12, q6_k = 14, bf16 = 30 };
+}
+
+/// 32 weights: w = d * q. 2-byte aligned only.
+struct BlockQ8_0 {
+  uint16_t d;
+  int8_t q[32];
+};
+static_assert(sizeof(BlockQ8_0) == 34, "BlockQ8_0 is packed");
+
+/// 256 weights in 8 sub-blocks of 32: w = d * scale[s] * q - dmin * min[s]. Rows of a file's tensor keep blocks 16-byte aligned.
+/// `q`: byte 32 j + i holds weight i of sub-block 2 j in its low nibble and of sub-block 2 j + 1 in its high nibble.
+/// `scales`: 8 six-bit scales and 8 six-bit mins. For s < 4: scale[s] = scales[s] & 63, min[s] = scales[s + 4] & 63;
+/// for s >= 4: scale[s] = (scales[s + 4] & 15) | (scales[s - 4] >> 6) << 4, min[s] = (scales[s + 4] >> 4) | (scales[s] >> 6) << 4.
+struct BlockQ4_K {
+  uint16_t d, dmin;
+  uint8_t scales[12];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockQ4_K) == 144, "BlockQ4_K is packed");
+
+/// 256 weights in 16 sub-blocks of 16: w = d * scales[s] * (q - 32), q in 0..63.
+/// Half h (128 weights), group g of 32 in it, lane l: low four bits are in ql[64 h + 32 (g & 1) + l] (low nibble for g < 2, high
+/// nibble for g >= 2), the two high bits are bits 2 g of qh[32 h + l]. 2-byte aligned only.
+struct BlockQ6_K {
+  uint8_t ql[128];
+  uint8_t qh[64];
+  int8_t scales[16];
+  uint16_t d;
+};
+static_assert(sizeof(BlockQ6_K) == 210, "BlockQ6_K is packed");
+
+}  // namespace ferrum
