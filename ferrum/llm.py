@@ -13,7 +13,7 @@ from ferrum.chat_template import ChatTemplate
 from ferrum.engine_loop import EngineLoop, Retained
 from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileError, OptionError
 from ferrum.gguf_file import GGUFFile
-from ferrum.options import available_memory, resolve
+from ferrum.options import available_memory, resolve, slow_device_note
 from ferrum.outputs import RequestOutput, Score
 from ferrum.prompts import Message, Prompt, checked_params, conversations, joined_parts, params_for, several, template_variables, text_or_ids
 from ferrum.request import Request, Scoring
@@ -69,6 +69,8 @@ class LLM:
         self.file = GGUFFile.open(self.model)
         planned = plan(self.file, **options.arguments())  # refuses what cannot run before anything is taken
         _log_plan(planned)
+        if note := slow_device_note(options.device):
+            logger.warning(note)
         self.tokenizer = Tokenizer.from_gguf(self.file)
         vocab_size = planned["config"]["vocab_size"]
         if self.tokenizer.vocab_size > vocab_size:

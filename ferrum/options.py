@@ -225,7 +225,7 @@ class EngineOptions:
     Raises OptionError that names the option, its value and what is allowed.
     """
 
-    device: str = setting("auto", str, "where the model runs", choices=("auto", "cpu"), metavar="NAME")
+    device: str = setting("auto", str, "where the model runs", choices=("auto", "cpu", "metal"), metavar="NAME")
     threads: int | None = setting(
         None, int, "CPU threads", unit="threads", minimum=1, maximum=1024,
         default_text="the CPUs this process may use",
@@ -262,6 +262,13 @@ class EngineOptions:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `Engine` and `plan`."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def slow_device_note(device: str) -> str | None:
+    """What to tell, once, about an effective device that is there for tests and not for use; None of any other."""
+    if device != "metal" or sys.platform == "darwin":
+        return None
+    return "device metal runs the Metal kernels on the CPU here, thousands of times slower than a GPU: it is for tests. Use cpu."
 
 
 class Resolved(NamedTuple):

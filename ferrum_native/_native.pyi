@@ -116,7 +116,9 @@ class Engine:
 
     `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx2", "scalar";
     None: the best of this machine), `poison_freed_kv` (freed KV blocks are filled with NaN) and `fail_at` (that call to the device raises
-    DeviceError, once).
+    DeviceError, once). For tools: `compare_with` names a device that computes every op first; where `device` then gives another value, by more
+    than `compare_tolerance` of the largest of the row, a DeviceError says in which op and where. `kernels` is a file of Metal kernels, compiled or
+    (.metal) as source; None: those that were installed.
 
     Raises ModelFileError, UnsupportedModelError, OptionError, OutOfMemory.
     """
@@ -145,6 +147,9 @@ class Engine:
         instruction_set: str | None = None,
         poison_freed_kv: bool = False,
         fail_at: int = -1,
+        compare_with: str | None = None,
+        compare_tolerance: float = 1e-4,
+        kernels: str | None = None,
     ) -> None: ...
     def prefill(self, sequence: int, tokens: Sequence[int], logits: Literal["last", "none", "all"] = "last") -> Logits | None:
         """Append `tokens` to a live sequence or start one. None for logits="none". Ctrl-C or `cancel()` stop it between two chunks: the
@@ -194,7 +199,9 @@ class Engine:
     def cancel(self) -> None: ...
     def length(self, sequence: int) -> int:
         """Tokens of a live sequence."""
-    def stats(self) -> dict[str, int]: ...
+    def stats(self) -> dict[str, int]:
+        """Counters since the engine was made: `steps`, `tokens`, `logit_rows`, `failed_steps`; the KV pool now: `live_sequences`, `kv_blocks`,
+        `kv_blocks_free`; on a GPU `dispatches`, `command_buffers`, `uploads`, and `pipelines` (kernels compiled)."""
     @property
     def kv_blocks_free(self) -> int:
         """Free blocks of the KV pool, of 16 tokens each."""

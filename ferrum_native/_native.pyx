@@ -274,6 +274,21 @@ cdef EngineOptions engine_options(object options):
     return out
 
 
+cdef int find_kernels(DeviceOptions& out, given=None) except -1:
+    """The Metal kernels, given or beside this module: a compiled library, or else their source, which Metal compiles."""
+    beside = os.path.dirname(os.path.abspath(__file__))
+    for path in (given,) if given is not None else (os.path.join(beside, "kernels.metallib"), os.path.join(beside, "kernels.metal")):
+        if not os.path.exists(path):
+            continue
+        if path.endswith(".metal"):
+            with open(path, encoding="utf-8") as source:
+                out.kernel_source = utf8(source.read())
+        else:
+            out.kernel_library = <string>os.fsencode(path)
+        break
+    return 0
+
+
 cdef DeviceOptions device_options(object options, object instruction_set):
     cdef DeviceOptions out
     out.device = utf8(options.device)
@@ -402,7 +417,8 @@ cdef class Engine:
     cdef CallLock lock
     cdef int process
 
-    def __init__(self, model, *, unused_tokens=None, instruction_set=None, poison_freed_kv=False, fail_at=-1, **given):
+    def __init__(self, model, *, unused_tokens=None, instruction_set=None, poison_freed_kv=False, fail_at=-1, compare_with=None, compare_tolerance=1e-4,
+                 kernels=None, **given):
         cdef ModelDescription description
         cdef unique_ptr[Model] native_model
         cdef unique_ptr[Backend] backend
@@ -417,6 +433,9 @@ cdef class Engine:
         native_options = engine_options(options)
         native_options.poison_freed_kv = poison_freed_kv
         chosen_device = device_options(options, instruction_set)
+        find_kernels(chosen_device, kernels)
+        chosen_device.compare_with = utf8(compare_with or "")
+        chosen_device.compare_tolerance = compare_tolerance
         chosen_device.fail_at = max(-1, min(operator.index(fail_at), (1 << 63) - 1))
         describe(model, description)
         if unused_tokens is None:
@@ -690,11 +709,13 @@ cdef class Engine:
             return self.open().pool().at(id).length
 
     def stats(self):
-        """Counters since the engine was made, and the state of the KV pool."""
+        """Counters since the engine was made, of its device where that counts, and the state of the KV pool."""
         cdef NativeEngine* native
+        cdef const DeviceCounters* device
         with self.lock:
             native = self.open()
-            return {
+            device = native.counters()
+            stats = {
                 "steps": native.stats().steps,
                 "tokens": native.stats().tokens,
                 "logit_rows": native.stats().logit_rows,
@@ -703,6 +724,9 @@ cdef class Engine:
                 "kv_blocks": native.pool().total_blocks(),
                 "kv_blocks_free": native.pool().free_blocks(),
             }
+            if device != NULL:
+                stats |= {"dispatches": device.dispatches, "command_buffers": device.command_buffers, "uploads": device.uploads, "pipelines": device.pipelines}
+            return stats
 
     @property
     def kv_blocks_free(self):

@@ -70,6 +70,8 @@ cdef extern from "core/backend.h" namespace "ferrum" nogil:
         F32
     cdef cppclass Backend:
         string name()
+    cdef cppclass DeviceCounters:
+        int64_t dispatches, command_buffers, uploads, pipelines
     cdef cppclass LogitEdit:
         int32_t row, token
         float penalty, bias
@@ -87,7 +89,8 @@ cdef extern from "core/backend.h" namespace "ferrum" nogil:
 
 cdef extern from "devices.h" namespace "ferrum" nogil:
     cdef cppclass DeviceOptions:
-        string device, instruction_set
+        string device, instruction_set, kernel_library, kernel_source, compare_with
+        double compare_tolerance
         int threads
         cbool float_activations, profile
         int64_t fail_at
@@ -221,4 +224,5 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         const EngineStats& stats()
         const Weights& weights()
         Profile* profile()
+        const DeviceCounters* counters()
         double read_bandwidth(size_t) except +raise_current_error

@@ -212,9 +212,10 @@ cdef class OpRunner:
 
     cdef unique_ptr[NativeOpRunner] native
 
-    def __init__(self, device="cpu", *, threads=1, activations="int8", instruction_set=None):
+    def __init__(self, device="cpu", *, threads=1, activations="int8", instruction_set=None, kernels=None):
         cdef DeviceOptions options
         options.device = utf8(device)
+        find_kernels(options, kernels)
         options.threads = threads
         options.float_activations = activations == "float32"
         options.instruction_set = utf8(instruction_set or "")

@@ -10,6 +10,7 @@ from ferrum.benchmark import BatchReport, BenchParams, BenchReport, benchmark
 from ferrum.cli.arguments import Parser, add_settings, given_settings
 from ferrum.cli.output import BOLD, ProgressLine, json_line, note_error, printable, program, size, styled
 from ferrum.cli.profile_table import profile_lines
+from ferrum.cli.running import log_to_stderr
 from ferrum.options import EngineOptions
 
 _USAGE = "[-m MODEL.gguf] [--batch N,N,...] [options]"
@@ -46,6 +47,7 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     params = BenchParams(**given_settings(arguments, BenchParams))
     options = given_settings(arguments, EngineOptions)
+    log_to_stderr()
     with ProgressLine() as line:
         report = benchmark(arguments.model, params, progress=line.show, **options)
     if arguments.json:

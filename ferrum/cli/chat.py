@@ -69,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments, max_tokens=REPLY_TOKENS)
     options = given_settings(arguments, EngineOptions)
     system = None if arguments.system is None else utf8(arguments.system, "--system")
-    if arguments.verbose:
-        log_to_stderr()
+    log_to_stderr(arguments.verbose)
     with load(arguments.model, options) as llm, llm.session() as session:
         template = llm.chat_template  # without one there is nothing to talk with
         conversation = Conversation(lambda messages: template.render(list(messages), **template_variables(arguments)), system)

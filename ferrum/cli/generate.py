@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = given_settings(arguments, EngineOptions)
     _check(arguments, params)
     prompt = _read_prompt(arguments.prompt)
-    if arguments.verbose:
-        log_to_stderr()
+    log_to_stderr(arguments.verbose)
     with load(arguments.model, options) as llm:
         interrupted = False
         if params.n > 1:

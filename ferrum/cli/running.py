@@ -75,9 +75,10 @@ def note_profile(llm: LLM) -> None:
         note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(verbose: bool = False) -> None:
+    """Warnings of the logger, or everything."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("ferrum: %(message)s"))
     logger = logging.getLogger("ferrum")
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)

@@ -112,6 +112,14 @@ struct TopCandidatesArgs {
 };
 struct BlockCopy { int32_t from, to; };
 
+/// What a device was asked to do since its backend was made.
+struct DeviceCounters {
+  int64_t dispatches = 0;       // kernels over a grid
+  int64_t command_buffers = 0;  // each committed and waited for once
+  int64_t uploads = 0;          // times that the host wrote data of a step or call into device memory
+  int64_t pipelines = 0;        // kernels compiled
+};
+
 /// Where `read_routing` writes: n rows, pair p = row * K + k.
 struct RoutingContents {
   int32_t* ids;    // [n K]
@@ -156,8 +164,10 @@ class Backend {
   virtual void copy_kv_blocks(Kv&, std::span<const BlockCopy>) = 0;
   /// Fills blocks with NaN, at once, so that a test sees every read of memory that was given back.
   virtual void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) = 0;
-  /// The only wait; asynchronous device errors surface here.
+  /// The only wait; asynchronous device errors surface here. Outputs on the host, and what spans in the arguments show, live until then.
   virtual void finish() = 0;
+  /// Drops what was enqueued since the last `finish`: after a call that threw.
+  virtual void abandon() = 0;
 
   // For tests and tools; no step calls these.
   virtual void write_activation(Activation&, int rows, const float* values) = 0;  // and packs
@@ -167,6 +177,8 @@ class Backend {
   virtual double read_bandwidth(size_t most_bytes) = 0;
   /// What a profiling decorator has counted, for its reader to look at and reset; null where there is none.
   virtual Profile* profile() { return nullptr; }
+  /// Null where the backend has no device that is asked for anything.
+  virtual const DeviceCounters* counters() const { return nullptr; }
 };
 
 }  // namespace ferrum

@@ -121,6 +121,7 @@ void Engine::run(std::span<const Chunk> chunks, int first_logit_row) {
     model_->forward(*backend_, batch_, *kv_, logits);
     backend_->finish();
   } catch (...) {
+    backend_->abandon();
     ++stats_.failed_steps;
     logit_rows_ = 0;
     pool_.rollback();
@@ -184,8 +185,13 @@ void Engine::top_candidates(TopCandidatesArgs args) {
     if (target < 0 || target >= vocab) invalid("target token id " + std::to_string(target) + " is outside the vocabulary (0.." + std::to_string(vocab - 1) + ").");
   args.logits = {logits_.get(), 0, logit_rows_, vocab};
   args.excluded = excluded_;
-  backend_->top_candidates(args);
-  backend_->finish();
+  try {
+    backend_->top_candidates(args);
+    backend_->finish();
+  } catch (...) {
+    backend_->abandon();
+    throw;
+  }
 }
 
 void Engine::exclude_tokens(std::vector<int32_t> ids) {
@@ -220,6 +226,7 @@ void Engine::reserve(int64_t sequence, int tokens) {
       backend_->finish();
     }
   } catch (...) {
+    backend_->abandon();
     pool_.rollback();
     poison_freed();
     throw;

@@ -68,6 +68,8 @@ class Engine {
   const Weights& weights() const { return model_->weights(); }
   /// Null where the device was not asked to profile.
   Profile* profile() { return backend_->profile(); }
+  /// Null where the device counts nothing.
+  const DeviceCounters* counters() const { return backend_->counters(); }
   double read_bandwidth(size_t most_bytes) { return backend_->read_bandwidth(most_bytes); }
 
  private:

@@ -39,12 +39,14 @@ class ForwardingBackend : public Backend {
   void copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) override { run("copy_kv_blocks", [&] { inner_->copy_kv_blocks(kv, copies); }); }
   void finish() override { run("finish", [&] { inner_->finish(); }); }
 
+  void abandon() override { inner_->abandon(); }
   void poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) override { inner_->poison_kv_blocks(kv, blocks); }
   void write_activation(Activation& x, int rows, const float* values) override { inner_->write_activation(x, rows, values); }
   void read_activation(const Activation& x, int rows, float* out) override { inner_->read_activation(x, rows, out); }
   void read_routing(const Routing& routing, const RoutingContents& out) override { inner_->read_routing(routing, out); }
   double read_bandwidth(size_t most_bytes) override { return inner_->read_bandwidth(most_bytes); }
   Profile* profile() override { return inner_->profile(); }
+  const DeviceCounters* counters() const override { return inner_->counters(); }
 
  protected:
   /// Called for every call of a step; runs `call`, which is the inner backend's.

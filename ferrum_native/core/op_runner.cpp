@@ -38,7 +38,8 @@ std::unique_ptr<OwnedWeight> OpRunner::place_weight(int type_id, WeightTensor te
   tensor.type = weight_type(type_id);
   auto owned = std::make_unique<OwnedWeight>();
   void* bytes = nullptr;
-  if (posix_memalign(&bytes, 16384, std::max<size_t>(tensor.bytes(), 1)) != 0) throw Error(ErrorKind::OutOfMemory, "the system refused the memory of a weight.");
+  constexpr size_t page = 16384;  // whole pages, as a mapping has them
+  if (posix_memalign(&bytes, page, (tensor.bytes() / page + 1) * page) != 0) throw Error(ErrorKind::OutOfMemory, "the system refused the memory of a weight.");
   owned->bytes.reset(static_cast<std::byte*>(bytes));
   std::memcpy(bytes, tensor.data, tensor.bytes());
   tensor.data = owned->bytes.get();
@@ -116,7 +117,7 @@ void OpRunner::experts_gate_up(const HostExperts& a, Activation& out) {
 
 void OpRunner::experts_down(const HostExperts& a, float* out) {
   const Upload result = upload(nullptr, a.rows, a.first->tensor.rows);
-  reserve_rows(a.rows, a.x->cols, a.top_k);
+  reserve_rows(a.rows, std::max(a.x->cols, result.tensor.cols), a.top_k);
   backend_->experts_down({.x = *a.x, .routing = *a.routing, .down = *a.first, .out = result.tensor});
   backend_->finish();
   download(result.tensor, out);

@@ -105,6 +105,7 @@ class CpuBackend final : public Backend {
   void copy_kv_blocks(Kv&, std::span<const BlockCopy>) override;
   void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) override;
   void finish() override {}
+  void abandon() override {}
   void write_activation(Activation&, int rows, const float* values) override;
   void read_activation(const Activation&, int rows, float* out) override;
   void read_routing(const Routing&, const RoutingContents& out) override;
