@@ -92,6 +92,12 @@ template <class Element, int Rows> inline void add_block(const AttentionTileArgs
   if (d < a.head_dim) add_values_at<Element, Rows, 1>(rows, weights, keep, values, a.head_dim, visible, d);
 }
 
+/// Brings the keys and values of a block near: the blocks of a sequence lie anywhere, so that the processor cannot guess the next one.
+template <class Element> inline void prefetch_block(const AttentionTileArgs& a, int32_t block) {
+  const size_t at = static_cast<size_t>(block) * a.block_bytes, bytes = 16 * static_cast<size_t>(a.head_dim) * sizeof(Element);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(a.keys + at + line), __builtin_prefetch(a.values + at + line);
+}
+
 template <class Element> void attention_tile_of(const AttentionTileArgs& a) {
   const int rows = a.queries * a.group;
   auto row_at = [&](int r) { return AttentionRow{a.q + static_cast<size_t>(r / a.group) * a.q_stride + (r % a.group) * a.head_dim, a.partial + static_cast<size_t>(r) * static_cast<size_t>(a.head_dim + 2)}; };
@@ -104,6 +110,7 @@ template <class Element> void attention_tile_of(const AttentionTileArgs& a) {
   for (int begin = a.key_begin; begin < a.key_end; begin += 16) {
     const auto block = static_cast<size_t>(a.blocks[begin / 16]) * a.block_bytes;
     const auto *keys = reinterpret_cast<const Element*>(a.keys + block), *values = reinterpret_cast<const Element*>(a.values + block);
+    if (begin + 16 < a.key_end) prefetch_block<Element>(a, a.blocks[begin / 16 + 1]);
     // Rows before `r` of this loop see fewer keys; from the first query that sees the whole block on, all rows do.
     for (int r = 0; r < rows;) {
       const int visible = a.first_position + r / a.group - begin + 1;
