@@ -228,14 +228,14 @@ class Scheduler:
         """Start a waiting sequence and plan its first chunk; False: it must wait."""
         source = sequence.source
         take_over = source is not None and source.forks == 1
+        if self._any_runs() and not self._fits(sequence, beside_idle=False):
+            return False  # whoever is idle keeps what would not be enough
         while len(self._running) >= self._limits.max_sequences and (idle := self._idle(but=source)):
             self._put_back(idle)
         if len(self._running) >= self._limits.max_sequences and not take_over:
             if source is None or self._any_runs():
                 return False
             take_over = True
-        if self._any_runs() and not self._fits(sequence, beside_idle=False):
-            return False  # whoever is idle keeps what would not be enough
         while not self._fits(sequence):
             idle = self._idle(but=source)
             if idle is None:
