@@ -235,7 +235,7 @@ cdef dict profile_dict(Profile& profile):
     return {"phases": phases}
 
 
-cdef dict effective_options(object options, const EnginePlan& plan):
+cdef dict effective_options(object options, const EnginePlan& plan, bint float_activations):
     return {
         "device": options.device,
         "kv_tokens": plan.options.kv_tokens,
@@ -244,7 +244,7 @@ cdef dict effective_options(object options, const EnginePlan& plan):
         "max_sequences": plan.options.max_sequences,
         "prefill_chunk": plan.options.prefill_chunk,
         "max_logit_rows": plan.options.max_logit_rows,
-        "activations": options.activations,
+        "activations": "float32" if float_activations else options.activations,
         "threads": options.threads,
         "profile": options.profile,
     }
@@ -313,7 +313,7 @@ def plan(model, **given):
         plan = make_plan(dereference(native_model), dereference(backend), engine_options(options))
     return {
         "config": config_dict(model, native_model.get().config()),
-        "options": effective_options(options, plan),
+        "options": effective_options(options, plan, backend.get().float_activations()),
         "device": backend.get().name().decode(),
         "weights_bytes": plan.weights,
         "weights_extra_bytes": plan.weights_extra,
@@ -449,7 +449,7 @@ cdef class Engine:
                 self.native.reset(new NativeEngine(move(native_model), move(backend), native_options))
         self.native.get().exclude_tokens(move(unused))
         self.config = config_dict(model, self.native.get().config())
-        self.options = effective_options(options, self.native.get().plan())
+        self.options = effective_options(options, self.native.get().plan(), self.native.get().float_activations())
         self.device = self.native.get().device().decode()
         self.kv_capacity = self.native.get().plan().options.kv_tokens
         self.kv_bytes_per_token = self.native.get().plan().kv // self.kv_capacity

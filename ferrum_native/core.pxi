@@ -70,6 +70,7 @@ cdef extern from "core/backend.h" namespace "ferrum" nogil:
         F32
     cdef cppclass Backend:
         string name()
+        cbool float_activations()
     cdef cppclass DeviceCounters:
         int64_t dispatches, command_buffers, uploads, pipelines
     cdef cppclass LogitEdit:
@@ -221,6 +222,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         const EnginePlan& plan()
         const NativeKvPool& pool()
         string device()
+        cbool float_activations()
         const EngineStats& stats()
         const Weights& weights()
         Profile* profile()

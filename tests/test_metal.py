@@ -86,6 +86,11 @@ def test_a_tiny_model_equals_the_reference(model, types, config):
     assert (expected.argmax(-1) == got.argmax(-1)).mean() > 0.97
 
 
+def test_the_options_in_force_say_that_activations_are_floats(model):
+    with engine_on("metal", model(), activations="int8") as metal, engine_on("cpu", model(), activations="int8") as cpu:
+        assert (metal.options["activations"], cpu.options["activations"]) == ("float32", "int8")
+
+
 def test_keys_and_values_in_f16(model):
     file, tokens = model(), random_token_ids(SMALL, 40)
     with engine_on("metal", file, kv_type="f16") as engine, engine_on("cpu", file, kv_type="f16") as cpu:

@@ -132,6 +132,7 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string name() const = 0;  // as users read it: "cpu (avx2, 2 threads)"
+  virtual bool float_activations() const = 0;  // whether products take activations as float32, whatever was asked for
 
   // Memory. All of it is taken at construction; nothing is allocated in a step.
   virtual std::unique_ptr<Weight> place_weight(const WeightTensor&) = 0;

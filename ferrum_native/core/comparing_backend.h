@@ -18,6 +18,7 @@ class ComparingBackend final : public Backend {
       : reference_(std::move(reference)), subject_(std::move(subject)), tolerance_(tolerance) {}
 
   std::string name() const override { return subject_->name() + " beside " + reference_->name(); }
+  bool float_activations() const override { return reference_->float_activations(); }
   std::unique_ptr<Weight> place_weight(const WeightTensor&) override;
   size_t extra_weight_bytes(const WeightTensor& t) const override { return reference_->extra_weight_bytes(t) + subject_->extra_weight_bytes(t); }
   std::shared_ptr<Buffer> allocate(size_t bytes) override;

@@ -64,6 +64,7 @@ class Engine {
   const EnginePlan& plan() const { return plan_; }
   const KvPool& pool() const { return pool_; }
   std::string device() const { return backend_->name(); }
+  bool float_activations() const { return backend_->float_activations(); }
   const EngineStats& stats() const { return stats_; }
   const Weights& weights() const { return model_->weights(); }
   /// Null where the device was not asked to profile.

@@ -12,6 +12,7 @@ class ForwardingBackend : public Backend {
   explicit ForwardingBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
 
   std::string name() const override { return inner_->name(); }
+  bool float_activations() const override { return inner_->float_activations(); }
   std::unique_ptr<Weight> place_weight(const WeightTensor& t) override { return inner_->place_weight(t); }
   size_t extra_weight_bytes(const WeightTensor& t) const override { return inner_->extra_weight_bytes(t); }
   std::shared_ptr<Buffer> allocate(size_t bytes) override { return inner_->allocate(bytes); }

@@ -78,6 +78,7 @@ class CpuBackend final : public Backend {
   explicit CpuBackend(const CpuOptions&);
 
   std::string name() const override;
+  bool float_activations() const override { return options_.float_activations; }
   std::unique_ptr<Weight> place_weight(const WeightTensor&) override;
   size_t extra_weight_bytes(const WeightTensor&) const override { return 0; }
   std::shared_ptr<Buffer> allocate(size_t bytes) override { return std::make_shared<CpuBuffer>(bytes); }

@@ -21,6 +21,7 @@ class MetalBackend final : public Backend {
   explicit MetalBackend(const KernelSource&);
 
   std::string name() const override;
+  bool float_activations() const override { return true; }
   std::unique_ptr<Weight> place_weight(const WeightTensor&) override;
   size_t extra_weight_bytes(const WeightTensor&) const override { return 0; }
   std::shared_ptr<Buffer> allocate(size_t bytes) override { return device_.allocate(bytes); }
