@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
@@ -67,10 +67,10 @@ class EngineLoop:
         self._process = os.getpid()
         self.last_step = StepReport(0, 0, 0.0)
 
-    def run(self, requests: Iterable[R]) -> Iterator[R]:
-        """Run requests, as many at once as the queue and the engine take, and give each when it has ended.
+    def run(self, requests: Iterable[R]) -> Generator[R, None, None]:
+        """Run requests, as many at once as the queue and the engine take, and give each when it has ended: `error` says whether it failed.
 
-        Raises the error of the first that failed. However it is left, none of them is left behind.
+        The source is asked for one more whenever the queue has room. However it is left, no request is left behind.
         """
         source = iter(requests)
         following = next(source, None)
@@ -86,10 +86,7 @@ class EngineLoop:
                     self.drive(lambda: self._endings != seen or (following is not None and self._room_to_submit() > 0))
                 ended = [request for request in started if request.finished]
                 started = [request for request in started if not request.finished]
-                for request in ended:
-                    if request.error is not None:
-                        raise request.error
-                    yield request
+                yield from ended
         finally:
             for request in started:
                 self.drop(request)

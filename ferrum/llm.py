@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -171,6 +172,12 @@ class LLM:
         Texts of continuations are encoded on their own: give token ids where a token shall span the seam. The logits
         of max_logit_rows tokens are held at a time. Errors as of `generate`.
         """
+        scoring = self.scoring(prompt, continuations)
+        self.run([scoring])
+        return scoring.output()
+
+    def scoring(self, prompt: Prompt, continuations: Sequence[Prompt]) -> Scoring:
+        """What `score` runs, checked, to be given to `run` or `as_completed`."""
         if isinstance(continuations, (str, bytes, bytearray, memoryview)) or not isinstance(continuations, Iterable):
             raise TypeError(f"continuations is {type(continuations).__name__}: give a list of them, each a str or token ids.")
         params = SamplingParams(max_tokens=1)
@@ -185,12 +192,7 @@ class LLM:
             self._check_ids(part, what)
             self._check_length(len(ids) + len(part) - 1, f"The prompt with {what} has {len(ids) + len(part)}", params)
             parts.append((given if isinstance(given, str) else None, part))
-        if not parts:
-            return []
-        scoring = Scoring(ids, parts)
-        for _ in self._loop.run([scoring]):
-            pass
-        return scoring.output()
+        return Scoring(ids, parts)
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_bos: bool | None = None) -> list[int]:
         """The token ids of a text; see `Tokenizer.encode`."""
@@ -234,10 +236,20 @@ class LLM:
         """The same for a conversation."""
         return self._request(self._prepared_chat(messages, checked_params(sampling_params), template_options))
 
-    def run(self, requests: Iterable[Request]) -> None:
-        """Run requests to their ends; however it is left, none of them goes on."""
-        for _ in self._loop.run(requests):
-            pass
+    def as_completed(self, requests: Iterable[Request | Scoring]) -> Generator[Request | Scoring, None, None]:
+        """Run requests, any number of them together, and give each as it ends; one that failed has its exception in `error`.
+
+        The iterable is asked for the next one whenever the queue has room, so it may be endless. However the iterator is left, no
+        request goes on.
+        """
+        return self._loop.run(requests)
+
+    def run(self, requests: Iterable[Request | Scoring]) -> None:
+        """Run requests to their ends. Raises the error of the first that failed; however it is left, none of them goes on."""
+        with closing(self.as_completed(requests)) as ended:
+            for request in ended:
+                if request.error is not None:
+                    raise request.error
 
     def _prompt_stream(self, prompt: Prompt, sampling_params: SamplingParams | None, session: Retained | None = None) -> Stream:
         return self._stream(self._prepared(prompt, checked_params(sampling_params)), session)
@@ -262,10 +274,13 @@ class LLM:
                 order.append(request.id)
                 yield request
 
-        for request in self._loop.run(requests()):
-            outputs[request.id] = request.output()
-            if progress is not None:
-                progress(len(outputs), len(prepared))
+        with closing(self._loop.run(requests())) as ended:
+            for request in ended:
+                if request.error is not None:
+                    raise request.error
+                outputs[request.id] = request.output()
+                if progress is not None:
+                    progress(len(outputs), len(prepared))
         return [outputs[id] for id in order]
 
     def _request(self, prepared: _Prepared, *, streamed: bool = False) -> Request:
