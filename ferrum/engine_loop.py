@@ -1,38 +1,42 @@
 """The loop of an engine: schedule, step, sample, hand out.
 
-Requests of all threads run together. Whoever waits for a request drives: one thread at a time runs a step for all,
-the others wait for its end. The state below is the driver's; other threads only put requests into queues that the next
-step empties, so a caller may come from a finalizer or a signal handler and never waits for a step to be asked.
+One thread runs it while there is anything to do, and owns all the state but the inbox. Other threads, finalizers and signal
+handlers only put commands there, which are obeyed between two steps, and read what became of a request from the mailbox
+that it has. Ctrl-C never comes to this thread, so no step is left half-done.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
+from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 from ferrum.errors import EngineClosed, KVPoolExhausted, UnknownSequence
 from ferrum.outputs import Logprob
-from ferrum.request import Request, Scoring, Text
-from ferrum.sampler import Read, ReadToken, Sampler
+from ferrum.request import PromptRead, Request, Scoring, Text
+from ferrum.sampler import Drawn, Read, ReadToken, Sampler
 from ferrum.scheduler import Chunk, Limits, Scheduler, Sequence
 from ferrum_native._native import Engine
 
-
 R = TypeVar("R", Request, Scoring)
+Command = tuple[Callable[..., None], Any]
 
 
 class StepReport(NamedTuple):
-    """What the last step held: prompt tokens, texts that went on by one token, and its seconds."""
+    """What a step held: prompt tokens, and texts that went on by one token; its seconds, and those since the end of the step before."""
 
     prompt_tokens: int
     decoded: int
     seconds: float
+    seconds_between: float
 
 
 class Retained:
@@ -42,161 +46,202 @@ class Retained:
         self.sequence: Sequence | None = None
 
 
+class Submission(NamedTuple):
+    """A request, and the session whose tokens it continues."""
+
+    request: Request | Scoring
+    session: Retained | None = None
+
+
+class Flow:
+    """Requests of one caller, which take turns with those of others: see `EngineLoop.submit`."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+
 class EngineLoop:
-    """Runs requests on one engine."""
+    """Runs requests on one engine.
+
+    `on_step` is called in the loop's thread after each step, for measurements.
+    """
 
     def __init__(self, engine: Engine, sampler: Sampler):
         self._engine = engine
         self._sampler = sampler
         self._room = min(engine.config["context_length"], engine.kv_capacity)  # tokens that one sequence can reach
-        options = engine.options
-        self._pool = _EnginePool(engine)
-        self._scheduler = Scheduler(self._pool, Limits.of(options))
+        self._scheduler = Scheduler(_EnginePool(engine), Limits.of(engine.options))
         self._requests: dict[int, Request | Scoring] = {}  # unfinished ones, by id()
         self._sessions: dict[int, Retained] = {}  # of unfinished requests, by id()
-        self._submitted: deque[tuple[Request | Scoring, Retained | None]] = deque()
-        self._dropped: deque[Request | Scoring | Retained] = deque()
-        self._interrupted = False  # a step was left by an exception that is nobody's in particular, such as Ctrl-C
-        self._activity: deque[tuple[Request, bool]] = deque()
-        # Entered by itself, not by the condition, whose Python code Ctrl-C could leave with the lock taken; a signal handler may enter again.
-        self._lock = threading.RLock()
-        self._turn = threading.Condition(self._lock)
-        self._driver: object | None = None
-        self._driving_thread = 0
-        self._endings = 0  # requests that have ended
+        self._timed: dict[int, Request | Scoring] = {}  # those of the unfinished that have a deadline
+        self._ended = perf_counter()  # the step before
+        self.on_step: Callable[[StepReport], None] | None = None
+        # What other threads touch. SimpleQueue.put may be called from finalizers and signal handlers, in the middle of anything.
+        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.RLock()
+        self._closed = False
         self._process = os.getpid()
-        self.last_step = StepReport(0, 0, 0.0)
+        self.queue = _Queue(max(64, engine.options["max_sequences"]))
+        _live_loops.add(self)
 
-    def run(self, requests: Iterable[R]) -> Generator[R, None, None]:
+    # For any thread
+
+    def run(self, requests: Iterable[R], prompt_read: Callable[[PromptRead], None] | None = None) -> Generator[R, None, None]:
         """Run requests, as many at once as the queue and the engine take, and give each when it has ended: `error` says whether it failed.
 
         The source is asked for one more whenever the queue has room. However it is left, no request is left behind.
         """
-        source = iter(requests)
+        source, flow = iter(requests), Flow()
+        mailbox: SimpleQueue[Any] = SimpleQueue()
         following = next(source, None)
-        started: list[R] = []
+        started: dict[int, R] = {}
         try:
             while following is not None or started:
-                while following is not None and self._room_to_submit() > 0:
-                    started.append(following)
-                    self.submit(following)
+                submissions: list[Submission] = []
+                while following is not None:
+                    started[id(following)] = following
+                    if not self.queue.enter(following, wait=len(started) == 1):
+                        del started[id(following)]
+                        break
+                    following.mailbox = mailbox
+                    submissions.append(Submission(following))
                     following = next(source, None)
-                seen = self._endings
-                if not any(request.finished for request in started):
-                    self.drive(lambda: self._endings != seen or (following is not None and self._room_to_submit() > 0))
-                ended = [request for request in started if request.finished]
-                started = [request for request in started if not request.finished]
-                yield from ended
+                self.submit(submissions, flow)
+                news = mailbox.get()
+                if isinstance(news, PromptRead):
+                    if prompt_read is not None:
+                        prompt_read(news)
+                else:
+                    yield started.pop(id(news))
         finally:
-            for request in started:
+            for request in started.values():
                 self.drop(request)
 
-    def check_process(self) -> None:
-        """RuntimeError in a forked process, before the lock is taken: a thread of the parent may have held it when fork() copied it."""
+    @contextmanager
+    def running(self, requests: Iterable[R], prompt_read: Callable[[PromptRead], None] | None = None) -> Iterator[Generator[R, None, None]]:
+        """`run` in a `with` block: at its end nothing of the requests is left in the engine."""
+        run = self.run(requests, prompt_read)
+        try:
+            yield run
+        except BaseException:
+            run.close()
+            self.settle()
+            raise
+
+    def submit(self, submissions: list[Submission], flow: Flow) -> None:
+        """Let requests that have entered the queue take part from the next step on, all from the same.
+
+        Of those with one priority, callers take turns: the n-th waiting request of a flow comes after the first n - 1 of every other
+        (start-time fair queuing, Goyal, Vin and Cheng 1996, with requests of equal cost).
+        """
+        if submissions:
+            if self._thread is None:
+                self._start()
+            self._put((EngineLoop._add, (submissions, flow)))
+
+    def check_caller(self) -> None:
+        """RuntimeError where a text cannot be waited for: in a forked process, which has no thread for the loop, and in the loop's thread."""
         if os.getpid() != self._process:
             raise RuntimeError("This LLM was made in another process, and its threads did not come along with fork(). "
                                "Make a new LLM in this process.")
-
-    def submit(self, request: Request | Scoring, retained: Retained | None = None) -> None:
-        """Let a request take part from the next step on; one of a session continues its retained tokens."""
-        self._submitted.append((request, retained))
-
-    def set_active(self, request: Request, active: bool) -> None:
-        """Whether a request takes part in steps, from the next one on: never in the middle of one that another thread runs."""
-        self._activity.append((request, active))
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("A text was asked for from inside a step, by a logits processor or a finalizer: the step would wait for itself. "
+                               "Ask from another thread, or afterwards.")
 
     def drop(self, item: Request | Scoring | Retained) -> None:
-        """End a request or a session and give its KV blocks back: at once, or where a step is running by its end."""
-        self._dropped.append(item)
-        self.settle()
+        """End a request or a session and give its KV blocks back, at the latest when the step that runs has ended. Never waits."""
+        self._inbox.put((EngineLoop._drop, (item,)))
 
     def settle(self) -> None:
-        """Release what was dropped, unless the engine is busy: then its next step does. Never waits."""
-        me = object()
-        if not (self._dropped or self._interrupted) or not self._lock.acquire(blocking=False):
-            return
-        try:
-            if self._driver is not None:
-                return
-            self._driver, self._driving_thread = me, threading.get_ident()
-        finally:
-            self._lock.release()
-        try:
-            with suppress(RuntimeError):  # this thread is inside a call of the engine: a later step releases the rest
-                self._release_dropped()
-        finally:
-            self._end_turn(me)
+        """Wait until everything that was dropped before has given its KV blocks back."""
+        if self._thread is not None and self._thread.is_alive() and threading.current_thread() is not self._thread:
+            done: SimpleQueue[None] = SimpleQueue()
+            self._put((lambda loop: done.put(None), ()))
+            done.get()
 
-    def drive(self, done: Callable[[], bool]) -> None:
-        """Run steps, or wait while another thread runs them, until `done`, which is asked before each step and after the last."""
-        me = object()
-        while True:
+    def close(self) -> None:
+        """End the thread; requests that have not ended fail with EngineClosed. Waits for the step that runs."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("The model cannot be closed from inside a step, by a logits processor or a finalizer. Close it from another thread.")
+        self._inbox.put(None)
+        if self._thread is not None and os.getpid() == self._process:
+            self._thread.join()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_inbox"):
+            self._inbox.put(None)
+
+    def _put(self, command: Command) -> None:
+        self._inbox.put(command)
+        if self._closed:  # nobody will read it
+            self._refuse_rest()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._inbox), name="ferrum", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    # The loop's thread
+
+    def work(self, command: Command | None) -> bool:
+        """Obey a command, and run steps until there is nothing left to do; False: the loop was closed."""
+        while command is not None:
+            function, arguments = command
             try:
-                try:
-                    with self._lock:
-                        while self._driver is not None and not done():
-                            if self._driving_thread == threading.get_ident():
-                                raise RuntimeError("This thread is inside a step: a signal handler or a finalizer cannot wait for a text. "
-                                                   "Call from another thread, or after the step.")
-                            self._turn.wait()
-                        if done():
-                            return
-                        self._driver, self._driving_thread = me, threading.get_ident()
-                    if not self._step() and not done():
-                        raise RuntimeError("no request can go on: this is a fault of ferrum's scheduler. Please report it.")
-                finally:
-                    self._end_turn(me)
-            finally:
-                self._end_turn(me)  # Ctrl-C may have come before the first did anything
+                function(self, *arguments)
+            except Exception as error:
+                self._fail(None, error)
+            while self._requests and self._inbox.empty():
+                self._step()
+            if self._inbox.empty():
+                return True
+            command = self._inbox.get()
+        self._close()
+        return False
 
-    def _end_turn(self, me: object) -> None:
-        with self._lock:
-            if self._driver is me:
-                self._driver = None
-                self._turn.notify_all()
-
-    def _room_to_submit(self) -> int:
-        return self._scheduler.room - len(self._submitted)
-
-    def _step(self) -> bool:
-        """One step for everybody; False: nothing could run. An error of the engine ends the requests that were in it, and only those."""
-        self._release_dropped()
-        self._interrupted = True
+    def _step(self) -> None:
+        """One step for everybody. An error of the engine ends the requests that were in it, and only those."""
         chunks: list[Chunk] | None = None
         try:
-            self._take_submitted()
-            self._take_activity()
+            self._end_overdue()
+            if not self._requests:
+                return
             chunks = self._scheduler.schedule()
-            if chunks:
-                self._run(chunks)
+            if not chunks:
+                raise RuntimeError("no request can go on: this is a fault of ferrum's scheduler. Please report it.")
+            self.queue.leave(chunk.sequence.owner.request for chunk in chunks)
+            self._run(chunks)
         except Exception as error:
-            self._fail(chunks, error)
-        self._interrupted = False
-        self._release_dropped()
-        return chunks is None or bool(chunks)
+            self._fail(chunks or None, error)
 
     def _run(self, chunks: list[Chunk]) -> None:
         started = perf_counter()
-        logits = self._engine.step([
-            (sequence.engine_id, sequence.tokens[sequence.computed : sequence.computed + tokens], chunk.logits, sequence.computed)
-            for chunk in chunks for sequence, tokens, _ in (chunk,)
-        ])
         draws, reads, readers = self._rows(chunks)
-        drawn, read = self._sampler.sample(logits, draws, reads) if logits is not None else ([], [])
+        with self._engine.held():
+            logits = self._engine.step([
+                (sequence.engine_id, sequence.tokens[sequence.computed : sequence.computed + tokens], chunk.logits, sequence.computed)
+                for chunk in chunks for sequence, tokens, _ in (chunk,)
+            ])
+            drawn, read = self._sampler.sample(logits, draws, reads) if logits is not None else ([], [])
         ended = perf_counter()
         seconds = ended - started
-        requests = {id(request): request for request in (_request_of(chunk.sequence) for chunk in chunks)}
+        requests = {id(chunk.sequence.owner.request): chunk.sequence.owner.request for chunk in chunks}
         for request in requests.values():
             request.add_time(seconds)
         for (sequence, position), result in zip(readers, read):
             self._take_read(sequence, position, result)
-        for text, token, logprobs in drawn:
-            self._accept(text, token, logprobs, ended)
+        for each in drawn:
+            self._accept(each, ended)
         self._scheduler.commit(chunks)
         for request in requests.values():
             self._after_step(request)
-        prompt_tokens = sum(chunk.tokens for chunk in chunks if chunk.tokens > 1)
-        self.last_step = StepReport(prompt_tokens, sum(chunk.tokens == 1 for chunk in chunks), seconds)
+        if self.on_step is not None:
+            decoded = sum(chunk.tokens == 1 for chunk in chunks)
+            self.on_step(StepReport(sum(chunk.tokens for chunk in chunks) - decoded, decoded, seconds, ended - self._ended))
+        self._ended = ended
 
     @staticmethod
     def _rows(chunks: list[Chunk]) -> tuple[list[tuple[int, Text]], list[Read], list[tuple[Sequence, int]]]:
@@ -210,7 +255,7 @@ class EngineLoop:
             end = sequence.computed + tokens
             for position in range(end - rows, end):
                 if position + 1 < len(sequence.tokens):
-                    top = None if isinstance(owner, Scoring) else _request_of(sequence).params.prompt_logprobs
+                    top = None if isinstance(owner, Scoring) else owner.request.params.prompt_logprobs
                     reads.append(Read(row, sequence.tokens[position + 1], top))
                     readers.append((sequence, position))
                 elif isinstance(owner, Text):
@@ -226,13 +271,17 @@ class EngineLoop:
         if isinstance(owner, Scoring):
             owner.take(sequence, position, result.logprob, result.likeliest)
             return
-        request = _request_of(sequence)
+        request = owner.request
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) == position + 1:
             request.prompt_logprobs.append(result.logprobs)
         sequence.wanted_from = max(sequence.wanted_from, position + 1)
 
-    def _accept(self, text: Text, token: int, logprobs: dict[int, Logprob] | None, now: float) -> None:
-        text.accept(token, logprobs)
+    def _accept(self, drawn: Drawn, now: float) -> None:
+        text = drawn.text
+        if drawn.error is not None:
+            text.request.fail(drawn.error)
+            return
+        text.accept(drawn.token, drawn.logprobs)
         if not text.request.first_token_s:
             text.request.first_token_s = now - text.request.started
         if text.finish_reason is None and len(text.sequence.tokens) > self._room:
@@ -245,6 +294,7 @@ class EngineLoop:
     def _after_step(self, request: Request | Scoring) -> None:
         """Fork what was read whole, and release what has ended."""
         prompt = request.prompt_sequence
+        request.report_prompt()
         if request.finished:
             self._forget(request)
         elif prompt is not None and prompt.active:
@@ -258,7 +308,10 @@ class EngineLoop:
                 self._scheduler.remove(sequence)
 
     def _forget(self, request: Request | Scoring) -> None:
-        """A request has ended: its blocks go back, but for those that its session keeps."""
+        """A request has ended: its blocks go back, but for those that its session keeps, and whoever waits for it is told."""
+        if self._requests.pop(id(request), None) is None:
+            return
+        self._timed.pop(id(request), None)
         session = self._sessions.pop(id(request), None)
         for sequence in request.sequences():
             if session is not None and sequence is session.sequence:
@@ -266,67 +319,71 @@ class EngineLoop:
                 sequence.tokens = sequence.tokens[: sequence.computed]
             else:
                 self._scheduler.remove(sequence)
-        self._requests.pop(id(request), None)
-        self._endings += 1
+        self._tell(request)
 
-    def _take_submitted(self) -> None:
-        while self._submitted:
-            request, session = self._submitted[0]
-            known = id(request) in self._requests  # this call was interrupted here
-            if not request.finished:
-                self._requests[id(request)] = request
-            self._submitted.popleft()
-            if known or request.finished:
-                continue
-            if session is not None:
-                self._continue(session, request)
+    def _tell(self, request: Request | Scoring) -> None:
+        self.queue.leave((request,))
+        if request.mailbox is not None:
+            request.mailbox.put(request)
+
+    def _add(self, submissions: list[Submission], flow: Flow) -> None:
+        if not self._requests:
+            self._ended = perf_counter()
+        for request, session in submissions:
+            if request.finished:  # dropped in the meantime
+                self._tell(request)
             else:
-                for sequence in request.first_sequences():
-                    self._scheduler.add(sequence)
+                self._add_one(request, flow, session)
 
-    def _take_activity(self) -> None:
-        while self._activity:
-            request, active = self._activity[0]
-            if not request.finished:
-                request.set_active(active)
-            self._activity.popleft()
+    def _add_one(self, request: Request | Scoring, flow: Flow, session: Retained | None) -> None:
+        self._requests[id(request)] = request
+        if request.deadline is not None:
+            self._timed[id(request)] = request
+        flow.turn = max(self._scheduler.turn, flow.turn + 1)
+        for sequence in request.sequences():
+            sequence.turn = flow.turn
+        if session is not None:
+            self._continue(session, request)
+        else:
+            for sequence in request.first_sequences():
+                self._scheduler.add(sequence)
 
     def _continue(self, session: Retained, request: Any) -> None:
         """Let a request's only text go on from what its session has in the KV cache, as far as the tokens are the same."""
         self._sessions[id(request)] = session
         (text,) = request.texts
-        kept = session.sequence
+        kept, fresh = session.sequence, text.sequence
         if kept is None:
-            session.sequence = text.sequence
-            self._scheduler.add(text.sequence)
+            session.sequence = fresh
+            self._scheduler.add(fresh)
             return
-        tokens, wanted_from = text.sequence.tokens, text.sequence.wanted_from
-        same = next((i for i, (a, b) in enumerate(zip(kept.tokens, tokens)) if a != b), min(len(kept.tokens), len(tokens)))
-        kept.owner, kept.active, kept.wanted_from = text, True, wanted_from
-        self._scheduler.rewind(kept, tokens, min(same, wanted_from))
-        text.sequence = kept  # last: until then an interrupted call leaves the text its own
+        same = next((i for i, (a, b) in enumerate(zip(kept.tokens, fresh.tokens)) if a != b), min(len(kept.tokens), len(fresh.tokens)))
+        kept.owner, kept.active, kept.wanted_from, kept.turn, kept.priority = text, True, fresh.wanted_from, fresh.turn, fresh.priority
+        self._scheduler.rewind(kept, fresh.tokens, min(same, fresh.wanted_from))
+        text.sequence = kept
         request.num_cached_tokens = kept.computed
 
-    def _release_dropped(self) -> None:
-        """RuntimeError where this thread is inside a call of the engine."""
-        if self._interrupted:
-            self._recover()
-        while self._dropped:
-            item = self._dropped[0]
-            if isinstance(item, Retained):
-                if item.sequence is not None:
-                    self._scheduler.remove(item.sequence)
-                    item.sequence = None
-            else:
-                item.cancel()
-                if id(item) in self._requests:  # else it never ran, or the step that it was dropped in has forgotten it
-                    self._forget(item)
-            self._dropped.popleft()
+    def _drop(self, item: Request | Scoring | Retained) -> None:
+        if isinstance(item, Retained):
+            if item.sequence is not None:
+                self._scheduler.remove(item.sequence)
+                item.sequence = None
+        else:
+            item.cancel()
+            self.queue.leave((item,))  # one that Ctrl-C kept from coming here
+            self._forget(item)
+
+    def _end_overdue(self) -> None:
+        if self._timed:
+            now = perf_counter()
+            for request in [request for request in self._timed.values() if request.deadline <= now]:
+                request.end_overdue()
+                self._forget(request)
 
     def _fail(self, chunks: list[Chunk] | None, error: Exception) -> None:
         """End the requests of a step that failed; without chunks, all."""
-        failed = self._requests if chunks is None else {id(request): request for request in (_request_of(chunk.sequence) for chunk in chunks)}
-        for request in tuple(failed.values()):
+        failed = self._requests.values() if chunks is None else {id(chunk.sequence.owner.request): chunk.sequence.owner.request for chunk in chunks}.values()
+        for request in tuple(failed):
             if isinstance(error, KVPoolExhausted) and isinstance(request, Request) and any(text.length for text in request.texts):
                 for text in request.texts:
                     text.end("length", notice=_pool_notice(self._engine.kv_capacity))
@@ -336,30 +393,101 @@ class EngineLoop:
                 session.sequence = None  # the engine may hold more of it than was counted
             self._forget(request)
 
-    def _recover(self) -> None:
-        """After an interrupted step nothing in the KV cache is trusted: every unfinished sequence is computed anew."""
-        self._pool.release_all()
-        unfinished: list[Sequence] = []
-        for request in self._requests.values():
-            if isinstance(request, Request) and any(text.torn for text in request.texts):
-                request.fail(RuntimeError("Ctrl-C came while this text took a token: it cannot go on. Ask for it again."))
-            if not request.finished:
-                prompt = request.prompt_sequence
-                unfinished += [prompt] if prompt is not None and prompt.active else request.unfinished()
-        self._scheduler.start_over(unfinished)
+    def _close(self) -> None:
+        self._closed = True
         for request in tuple(self._requests.values()):
-            if request.finished:
-                self._forget(request)
-        self._interrupted = False
+            request.fail(_closed_error())
+            self._forget(request)
+        self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """Nobody obeys what is left in the inbox of a closed loop."""
+        while not self._inbox.empty():
+            with suppress(Exception):
+                command = self._inbox.get_nowait()
+                if command is not None and command[0] is EngineLoop._add:
+                    for request, _ in command[1][0]:
+                        request.fail(_closed_error())
+                        self._tell(request)
+                elif command is not None and command[0] is not EngineLoop._drop:
+                    command[0](self)
+
+
+class _Queue:
+    """Requests that were submitted and have not started: at most `limit`. No locks: a signal handler may come in the middle of anything."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._waiting: set[int] = set()
+        self._bells: deque[Callable[[], None]] = deque()
+
+    def enter(self, request: Request | Scoring, *, wait: bool = True) -> bool:
+        """Take a place; False if there is none and it is not to wait for one. A request that is past its deadline needs none."""
+        while not self._take(request):
+            left = None if request.deadline is None else request.deadline - perf_counter()
+            if not wait:
+                return False
+            if left is not None and left <= 0:
+                request.end_overdue()
+                break
+            bell: SimpleQueue[None] = SimpleQueue()
+            self.on_room(lambda: bell.put(None))
+            with suppress(Empty):
+                bell.get(timeout=left)
+        return True
+
+    def on_room(self, call: Callable[[], None]) -> None:
+        """Call once, from any thread, when there may be a place."""
+        self._bells.append(call)
+        if len(self._waiting) < self._limit:
+            self._ring()
+
+    def leave(self, requests: Iterable[Request | Scoring]) -> None:
+        before = len(self._waiting)
+        if before:
+            self._waiting.difference_update(map(id, requests))
+            if len(self._waiting) < before:
+                self._ring()
+
+    def _take(self, request: Request | Scoring) -> bool:
+        self._waiting.add(id(request))
+        if len(self._waiting) <= self._limit:
+            return True
+        self._waiting.discard(id(request))
+        return False
+
+    def _ring(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._bells.popleft()()
+
+
+def _serve(reference: weakref.ref[EngineLoop], inbox: SimpleQueue[Command | None]) -> None:
+    """What the thread runs. It has the loop only while there is something to do: one that nobody else has any more ends."""
+    while True:
+        command = inbox.get()
+        loop = reference()
+        if loop is None or not loop.work(command):
+            return
+        del loop, command
+
+
+_live_loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread must not be inside a step when the interpreter goes."""
+    for loop in tuple(_live_loops):
+        loop.close()
+
+
+def _closed_error() -> EngineClosed:
+    return EngineClosed("The model was closed while this text ran. Load it again to generate.")
 
 
 def _pool_notice(capacity: int) -> str:
     return f"The KV cache of {capacity} tokens is full. Raise kv_tokens (--kv-tokens) to go on."
-
-
-def _request_of(sequence: Sequence) -> Any:
-    """The Request or Scoring that a sequence is of."""
-    return sequence.owner.request if isinstance(sequence.owner, Text) else sequence.owner
 
 
 class _EnginePool:
@@ -368,16 +496,13 @@ class _EnginePool:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._ids = count(1 << 48)  # far from the numbers of those who use the engine themselves
-        self._live: set[int] = set()
 
     @property
     def kv_blocks_free(self) -> int:
         return self._engine.kv_blocks_free
 
     def new_id(self) -> int:
-        id = next(self._ids)
-        self._live.add(id)
-        return id
+        return next(self._ids)
 
     def fork(self, source: int, target: int) -> None:
         self._engine.fork(source, target)
@@ -385,12 +510,7 @@ class _EnginePool:
     def release(self, sequence: int) -> None:
         with suppress(UnknownSequence, EngineClosed):
             self._engine.release(sequence)
-        self._live.discard(sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
         with suppress(UnknownSequence, EngineClosed):
             self._engine.truncate(sequence, length)
-
-    def release_all(self) -> None:
-        for id in tuple(self._live):
-            self.release(id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import cached_property
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ from ferrum.errors import ContextFull, EngineClosed, KVPoolExhausted, ModelFileE
 from ferrum.gguf_file import GGUFFile
 from ferrum.options import available_memory, resolve, slow_device_note
 from ferrum.outputs import RequestOutput, Score
-from ferrum.prompts import Message, Prompt, checked_params, conversations, joined_parts, params_for, several, template_variables, text_or_ids
-from ferrum.request import Request, Scoring
+from ferrum.prompts import Message, Prompt, checked_params, checked_terms, conversations, joined_parts, params_for, several, template_variables, text_or_ids
+from ferrum.request import PromptRead, Request, Scoring, Terms
 from ferrum.sampler import Sampler
 from ferrum.sampling import SamplingParams
 from ferrum.stream import Session, Stream
@@ -110,31 +109,36 @@ class LLM:
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        progress: Progress | None = None,
+        progress: Progress | None = None, prefill_progress: Progress | None = None, priority: int = 0, timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts, all together; the outputs are in the order of the prompts.
 
         A prompt is a text (control tokens in it are recognised), token ids, or {"prompt": text} or {"prompt_token_ids": ids};
         one may be given without a list. `sampling_params`: for all prompts, or one each. Each text is the one that it would
-        be alone. `progress` is called with prompts done and prompts in all.
+        be alone. `progress` is called with prompts done and prompts in all, `prefill_progress` with prompt tokens read and prompt
+        tokens in all, both in this thread. Beside others, prompts of a lower `priority` come first; those of one priority take turns.
+        Texts that have not ended after `timeout` seconds end then, with finish_reason "timeout".
 
         Raises before anything runs: ValueError for an empty prompt or params that do not fit, TypeError for what is no
         prompt, ContextFull or KVPoolExhausted for one that is too long, EngineClosed.
         DeviceError and other errors while running end the call; nothing of it is left behind.
         """
         given = several(prompts)
-        params = params_for(given, sampling_params)
-        return self._run([self._prepared(prompt, each, _place("prompts", i, given)) for i, (prompt, each) in enumerate(zip(given, params))], progress)
+        params, terms = params_for(given, sampling_params), checked_terms(priority, timeout)
+        prepared = [self._prepared(prompt, each, _place("prompts", i, given)) for i, (prompt, each) in enumerate(zip(given, params))]
+        return self._run(prepared, terms, progress, prefill_progress)
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: Progress | None = None, **template_options: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: Progress | None = None,
+        prefill_progress: Progress | None = None, priority: int = 0, timeout: float | None = None, **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
         given = conversations(messages)
-        params = params_for(given, sampling_params)
-        return self._run([self._prepared_chat(conversation, each, template_options, _place("conversations", i, given))
-                          for i, (conversation, each) in enumerate(zip(given, params))], progress)
+        params, terms = params_for(given, sampling_params), checked_terms(priority, timeout)
+        prepared = [self._prepared_chat(conversation, each, template_options, _place("conversations", i, given))
+                    for i, (conversation, each) in enumerate(zip(given, params))]
+        return self._run(prepared, terms, progress, prefill_progress)
 
     def render_chat(self, messages: Sequence[Message], *, chat_template: str | None = None, **template_options: Any) -> str:
         """The text of a conversation by the file's chat template, or by the Jinja source `chat_template`.
@@ -150,34 +154,41 @@ class LLM:
         """The token ids of `render_chat`: a prompt for `generate`, `stream` and `Session.stream`."""
         return self._encode_rendered(self.render_chat(messages, **template_options))
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
-        """Continue a prompt piece by piece, with n = 1.
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
+        prefill_progress: Progress | None = None,
+    ) -> Stream:
+        """Continue a prompt piece by piece, with n = 1; further arguments as of `generate`.
 
         Raises at once what `generate` does before anything runs. A text that runs out of room later ends with
         finish_reason "length" and a notice.
         """
-        return self._prompt_stream(prompt, sampling_params)
+        return self._prompt_stream(prompt, sampling_params, checked_terms(priority, timeout), prefill_progress)
 
-    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any) -> Stream:
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
+        prefill_progress: Progress | None = None, **template_options: Any,
+    ) -> Stream:
         """Answer a conversation piece by piece: as `stream` for the prompt that `chat_prompt` makes of it."""
-        return self._chat_stream(messages, sampling_params, template_options)
+        return self._chat_stream(messages, sampling_params, template_options, checked_terms(priority, timeout), prefill_progress)
 
     def session(self) -> Session:
         """A text that goes on turn by turn and keeps its KV cache: each turn is given the whole text so far."""
         return Session(self)
 
-    def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
+    def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, priority: int = 0, timeout: float | None = None) -> list[Score]:
         """How likely each continuation is after the prompt, which is read once.
 
         Texts of continuations are encoded on their own: give token ids where a token shall span the seam. The logits
-        of max_logit_rows tokens are held at a time. Errors as of `generate`.
+        of max_logit_rows tokens are held at a time. Errors as of `generate`; TimeoutError after `timeout` seconds.
         """
-        scoring = self.scoring(prompt, continuations)
+        scoring = self.scoring(prompt, continuations, priority=priority, timeout=timeout)
         self.run([scoring])
         return scoring.output()
 
-    def scoring(self, prompt: Prompt, continuations: Sequence[Prompt]) -> Scoring:
+    def scoring(self, prompt: Prompt, continuations: Sequence[Prompt], *, priority: int = 0, timeout: float | None = None) -> Scoring:
         """What `score` runs, checked, to be given to `run` or `as_completed`."""
+        terms = checked_terms(priority, timeout)
         if isinstance(continuations, (str, bytes, bytearray, memoryview)) or not isinstance(continuations, Iterable):
             raise TypeError(f"continuations is {type(continuations).__name__}: give a list of them, each a str or token ids.")
         params = SamplingParams(max_tokens=1)
@@ -192,7 +203,7 @@ class LLM:
             self._check_ids(part, what)
             self._check_length(len(ids) + len(part) - 1, f"The prompt with {what} has {len(ids) + len(part)}", params)
             parts.append((given if isinstance(given, str) else None, part))
-        return Scoring(ids, parts)
+        return Scoring(ids, parts, terms)
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_bos: bool | None = None) -> list[int]:
         """The token ids of a text; see `Tokenizer.encode`."""
@@ -212,7 +223,8 @@ class LLM:
         return self.engine.profile()
 
     def close(self) -> None:
-        """Give the model's memory back. Streams that have not ended raise EngineClosed when they are continued."""
+        """Give the model's memory back, once the step that runs has ended. Texts that have not ended raise EngineClosed where they are waited for."""
+        self._loop.close()
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -228,13 +240,18 @@ class LLM:
         if nbytes >= _WORTH_READING_AHEAD and (room is None or planned["total_bytes"] <= room) and self.engine.resident_fraction() < 0.9:
             self.engine.populate(progress)
 
-    def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
-        """A prompt that was checked, to be given to `run`; its `output()` can be read at any time, also after Ctrl-C."""
-        return self._request(self._prepared(prompt, checked_params(sampling_params)))
+    def request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
+    ) -> Request:
+        """A prompt that was checked, to be given to `run` or `as_completed`; its `output()` can be read at any time, also after Ctrl-C."""
+        return self._request(self._prepared(prompt, checked_params(sampling_params)), checked_terms(priority, timeout))
 
-    def request_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None, template_options: Mapping[str, Any]) -> Request:
+    def request_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, template_options: Mapping[str, Any] = {}, *,
+        priority: int = 0, timeout: float | None = None,
+    ) -> Request:
         """The same for a conversation."""
-        return self._request(self._prepared_chat(messages, checked_params(sampling_params), template_options))
+        return self._request(self._prepared_chat(messages, checked_params(sampling_params), template_options), checked_terms(priority, timeout))
 
     def as_completed(self, requests: Iterable[Request | Scoring]) -> Generator[Request | Scoring, None, None]:
         """Run requests, any number of them together, and give each as it ends; one that failed has its exception in `error`.
@@ -246,35 +263,49 @@ class LLM:
 
     def run(self, requests: Iterable[Request | Scoring]) -> None:
         """Run requests to their ends. Raises the error of the first that failed; however it is left, none of them goes on."""
-        with closing(self.as_completed(requests)) as ended:
+        with self._loop.running(requests) as ended:
             for request in ended:
                 if request.error is not None:
                     raise request.error
 
-    def _prompt_stream(self, prompt: Prompt, sampling_params: SamplingParams | None, session: Retained | None = None) -> Stream:
-        return self._stream(self._prepared(prompt, checked_params(sampling_params)), session)
+    def _prompt_stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, terms: Terms, prefill_progress: Progress | None,
+        session: Retained | None = None,
+    ) -> Stream:
+        return self._stream(self._prepared(prompt, checked_params(sampling_params)), terms, prefill_progress, session)
 
     def _chat_stream(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None, template_options: Mapping[str, Any], session: Retained | None = None,
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None, template_options: Mapping[str, Any], terms: Terms,
+        prefill_progress: Progress | None, session: Retained | None = None,
     ) -> Stream:
-        return self._stream(self._prepared_chat(messages, checked_params(sampling_params), template_options), session)
+        return self._stream(self._prepared_chat(messages, checked_params(sampling_params), template_options), terms, prefill_progress, session)
 
-    def _stream(self, prepared: _Prepared, session: Retained | None) -> Stream:
+    def _stream(self, prepared: _Prepared, terms: Terms, prefill_progress: Progress | None, session: Retained | None) -> Stream:
         if prepared.params.n != 1:
             raise ValueError(f"n is {prepared.params.n}, but a stream gives one text. Use generate, or open several streams.")
-        return Stream(self._loop, self._request(prepared, streamed=True), session)
+        request = self._request(prepared, terms, streamed=True, reports_prompt=prefill_progress is not None)
+        return Stream(self._loop, request, session, prefill_progress)
 
-    def _run(self, prepared: Sequence[_Prepared], progress: Progress | None) -> list[RequestOutput]:
+    def _run(
+        self, prepared: Sequence[_Prepared], terms: Terms, progress: Progress | None, prefill_progress: Progress | None,
+    ) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         order: list[str] = []
+        total = sum(len(each.ids) for each in prepared)
+        read: dict[str, int] = {}
 
         def requests() -> Iterator[Request]:
             for each in prepared:
-                request = self._request(each)
+                request = self._request(each, terms, reports_prompt=prefill_progress is not None)
                 order.append(request.id)
                 yield request
 
-        with closing(self._loop.run(requests())) as ended:
+        def prompt_read(news: PromptRead) -> None:
+            assert prefill_progress is not None  # else no request reports
+            read[news.request.id] = news.tokens
+            prefill_progress(sum(read.values()), total)
+
+        with self._loop.running(requests(), prompt_read) as ended:
             for request in ended:
                 if request.error is not None:
                     raise request.error
@@ -283,8 +314,9 @@ class LLM:
                     progress(len(outputs), len(prepared))
         return [outputs[id] for id in order]
 
-    def _request(self, prepared: _Prepared, *, streamed: bool = False) -> Request:
-        request = Request(prepared.text, prepared.ids, prepared.params, self.tokenizer, load_s=self.load_s, streamed=streamed)
+    def _request(self, prepared: _Prepared, terms: Terms, *, streamed: bool = False, reports_prompt: bool = False) -> Request:
+        request = Request(prepared.text, prepared.ids, prepared.params, self.tokenizer, load_s=self.load_s, terms=terms, streamed=streamed,
+                          reports_prompt=reports_prompt)
         logger.debug("request %s: prompt token ids: %s", request.id, prepared.ids)
         if not prepared.params.greedy:
             logger.debug("request %s: seed %d", request.id, request.seed)
@@ -302,10 +334,9 @@ class LLM:
 
     def _prepared(self, prompt: Prompt, params: SamplingParams, what: str = "The prompt") -> _Prepared:
         """A prompt that can run with these params; text that is far too long is refused before the cost of encoding it."""
-        self._loop.check_process()
+        self._loop.check_caller()
         if self.engine.closed:
             raise EngineClosed("The model was closed. Load it again to generate.")
-        self._loop.settle()
         given = text_or_ids(prompt, what)
         if isinstance(given, str):
             fewest = self.tokenizer.fewest_tokens(given)

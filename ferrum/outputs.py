@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 
 class Piece(NamedTuple):
@@ -36,7 +36,7 @@ class CompletionOutput:
 
     `text` ends before a stop string; `token_ids` are all tokens generated, those of a stop string or the end of text
     included. `finish_reason`: "stop" (end of text, stop token or stop string), "length" (max_tokens, or no room: `notice` says
-    so), "cancelled" (a stream was closed early), "error" (an exception ended it, and was raised). `stop_reason`: the
+    so), "timeout" (the time given for the request was over), "cancelled" (a stream was closed early), "error" (an exception ended it, and was raised). `stop_reason`: the
     stop string, the id of a stop token other than the model's end of text, else None. `seed` repeats the text (None
     where nothing was drawn: temperature 0). `logprobs` [tokens]: for each token the Logprob of it and of the N
     likeliest, by id, the token itself first; `cumulative_logprob` is their sum. Both are None unless asked for.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ferrum.request import Terms
 from ferrum.sampling import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -57,6 +59,17 @@ def checked_params(params: Any) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params is {repr(params)[:40]}. Give SamplingParams(...), or a list of one for each prompt.")
     return params
+
+
+def checked_terms(priority: Any, timeout: Any) -> Terms:
+    """How a request is to be served that is made now."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority is {priority!r}: give a whole number; lower ones come first.")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+        raise TypeError(f"timeout is {timeout!r}: give seconds, or None.")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is {timeout}: give seconds above 0, or None to wait as long as it takes.")
+    return Terms(priority, None if timeout is None else perf_counter() + timeout)
 
 
 def conversations(messages: Any) -> list[Any]:

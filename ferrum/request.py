@@ -1,11 +1,14 @@
-"""What runs: a prompt with the texts that continue it, and a prompt whose continuations are scored."""
+"""What runs: a prompt with the texts that continue it, and a prompt whose continuations are scored.
+
+A request belongs to its caller until it is submitted and again once it has ended; in between it belongs to the loop's thread.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence as SequenceOf
 from itertools import count
 from time import perf_counter
+from typing import Any, NamedTuple, Protocol
 
 from ferrum.logit_edits import LogitEdits
 from ferrum.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestOutput, Score, Timings, Usage
@@ -15,6 +18,26 @@ from ferrum.stopping import StopChecker
 from ferrum.tokenizer import IncrementalDetokenizer, Tokenizer
 
 _request_ids = count()
+
+
+class Terms(NamedTuple):
+    """How a request is served: lower priorities come first; what has not ended when perf_counter() reaches the deadline ends then."""
+
+    priority: int = 0
+    deadline: float | None = None
+
+
+class PromptRead(NamedTuple):
+    """How far the prompt of a request was read."""
+
+    request: Any
+    tokens: int
+
+
+class Mailbox(Protocol):
+    """Where the loop's thread puts the news of a request: its Pieces if it is streamed, PromptRead if it asks for that, and last the request itself."""
+
+    def put(self, news: Any) -> None: ...
 
 
 class Text:
@@ -37,7 +60,6 @@ class Text:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.notice: str | None = None
-        self.torn = False  # `accept` was left half-way
         self._first = len(prompt_ids)
         self._token_ids: list[int] | None = None
         self._detokenizer = IncrementalDetokenizer(request.tokenizer)
@@ -55,9 +77,6 @@ class Text:
 
     def accept(self, token: int, logprob: dict[int, Logprob] | None) -> None:
         """Take the next token: what it settles of the text, and whether the text ends with it."""
-        if self.finish_reason is not None:  # it was cancelled while the step ran
-            return
-        self.torn = True
         self.sequence.append(token)
         if self.edits is not None:
             self.edits.add(token)
@@ -75,7 +94,6 @@ class Text:
             self.end("stop", self._checker.matched)
         elif length == self.params.max_tokens:
             self.end("length")
-        self.torn = False
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None, notice: str | None = None) -> None:
         """Note why the text ends and settle what was held back; the first reason stands."""
@@ -100,28 +118,30 @@ class Text:
 
     def _show(self, text: str, token: int | None) -> None:
         self.pieces.append(text)
-        if self.request.stream is not None:
-            self.request.stream.append(Piece(text, token))
+        if self.request.streamed and self.request.mailbox is not None:
+            self.request.mailbox.put(Piece(text, token))
 
 
 class Request:
-    """A prompt and its texts; made and read by callers, in between owned by whoever runs the engine's steps."""
+    """A prompt and its texts."""
 
     def __init__(
         self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, *,
-        load_s: float = 0.0, streamed: bool = False, priority: int = 0,
+        load_s: float = 0.0, terms: Terms = Terms(), streamed: bool = False, reports_prompt: bool = False,
     ):
+        self.mailbox: Mailbox | None = None
         self.started = perf_counter()
+        self.deadline = terms.deadline
         self.id = str(next(_request_ids))
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.tokenizer = tokenizer
-        self.priority = priority
+        self.priority = terms.priority
+        self.streamed = streamed
         self.seed = 0 if params.greedy else fresh_seed() if params.seed is None else params.seed
         ends = frozenset() if params.ignore_eos else tokenizer.stop_ids
         self.ending_ids = ends | set(params.stop_token_ids)
-        self.stream: deque[Piece] | None = deque() if streamed else None
         self.texts = [Text(self, index) for index in range(params.n)]
         # Several texts are forked from the prompt once it is read.
         self.prompt_sequence: Sequence | None = None
@@ -130,13 +150,19 @@ class Request:
             self.prompt_logprobs = [None]
         if params.n > 1:
             wanted_from = len(prompt_token_ids) - 1 if self.prompt_logprobs is None else 0
-            self.prompt_sequence = Sequence(list(prompt_token_ids), wanted_from, owner=self, priority=priority)
+            self.prompt_sequence = Sequence(list(prompt_token_ids), wanted_from, owner=self, priority=self.priority)
+        self._prompt_reported = 0 if reports_prompt else len(prompt_token_ids)
         self.error: BaseException | None = None
         self.num_cached_tokens = 0
         self.load_s = load_s
         self.first_token_s = 0.0
         self.prefill_s = 0.0
         self.decode_s = 0.0
+
+    @property
+    def request(self) -> Request:
+        """As of a Text."""
+        return self
 
     @property
     def finished(self) -> bool:
@@ -161,21 +187,35 @@ class Request:
         """Of the texts, those that may still hold KV blocks though they have ended."""
         return [text.sequence for text in self.texts if text.finish_reason is not None and text.sequence.engine_id is not None]
 
-    def set_active(self, active: bool) -> None:
-        """Whether its texts take part in steps; between two reads of a stream they do not."""
-        for sequence in self.sequences():
-            sequence.active = active
-
     def fail(self, error: BaseException) -> None:
         """End every text with an exception, which the caller will raise."""
-        for text in self.texts:
-            text.end("error")
-        if self.error is None:
+        if not self.finished:
             self.error = error
+            self._end("error")
 
     def cancel(self) -> None:
+        self._end("cancelled")
+
+    def end_overdue(self) -> None:
+        self._end("timeout")
+
+    def _end(self, reason: FinishReason) -> None:
         for text in self.texts:
-            text.end("cancelled")
+            text.end(reason)
+
+    @property
+    def prompt_tokens_read(self) -> int:
+        """How many tokens of the prompt are in the KV cache, or were at the end of the text."""
+        if self.first_token_s:
+            return len(self.prompt_token_ids)
+        return min(self.first_sequences()[0].computed, len(self.prompt_token_ids))
+
+    def report_prompt(self) -> None:
+        """Tell how far the prompt was read, if that is asked for and it goes on."""
+        total = len(self.prompt_token_ids)
+        if self._prompt_reported < total and self.prompt_tokens_read > self._prompt_reported and self.mailbox is not None:
+            self._prompt_reported = self.prompt_tokens_read
+            self.mailbox.put(PromptRead(self, self._prompt_reported))
 
     def add_time(self, seconds: float) -> None:
         """Count a step in which the request took part."""
@@ -205,18 +245,25 @@ class Scoring:
     Every token but the last of a continuation is computed, for the logits of the one after it.
     """
 
-    def __init__(self, prompt_token_ids: list[int], continuations: SequenceOf[tuple[str | None, list[int]]]):
+    def __init__(self, prompt_token_ids: list[int], continuations: SequenceOf[tuple[str | None, list[int]]], terms: Terms = Terms()):
+        self.mailbox: Mailbox | None = None
+        self.deadline = terms.deadline
         self.continuations = continuations
         self.logprobs: list[list[float]] = [[] for _ in continuations]
         self.greedy = [True] * len(continuations)
         self.error: BaseException | None = None
         self.cancelled = False
         self._first = first = len(prompt_token_ids) - 1
-        self.parts = [Sequence(prompt_token_ids + ids, first, owner=self, excess=1) for _, ids in continuations]
+        self.parts = [Sequence(prompt_token_ids + ids, first, owner=self, excess=1, priority=terms.priority) for _, ids in continuations]
         self._part_of = {id(part): index for index, part in enumerate(self.parts)}
         self.prompt_sequence: Sequence | None = None
         if len(continuations) > 1 and first > 0:
-            self.prompt_sequence = Sequence(prompt_token_ids[:-1], first, owner=self)
+            self.prompt_sequence = Sequence(prompt_token_ids[:-1], first, owner=self, priority=terms.priority)
+
+    @property
+    def request(self) -> Scoring:
+        """As of a Text."""
+        return self
 
     @property
     def finished(self) -> bool:
@@ -237,7 +284,7 @@ class Scoring:
         return [part for part in self.parts if part.engine_id is not None and not part.pending]
 
     def take(self, part: Sequence, position: int, logprob: float, likeliest: bool) -> None:
-        """The log-probability of the token after a position; one that an interrupted step took already is not taken again."""
+        """The log-probability of the token after a position."""
         index = self._part_of[id(part)]
         self.greedy[index] &= likeliest
         if len(self.logprobs[index]) == position - self._first:
@@ -250,6 +297,12 @@ class Scoring:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    def end_overdue(self) -> None:
+        self.fail(TimeoutError("The scores were not ready in time. Raise timeout."))
+
+    def report_prompt(self) -> None:
+        """Scores report nothing on their way."""
 
     def add_time(self, seconds: float) -> None:
         """Scores have no timings."""

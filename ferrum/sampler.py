@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class Drawn(NamedTuple):
-    """A text's next token, and its Logprobs if they are asked for."""
+    """A text's next token, and its Logprobs if they are asked for; or the error of a logits processor of the text's own."""
 
     text: Text
     token: int
     logprobs: dict[int, Logprob] | None
+    error: BaseException | None = None
 
 
 class Read(NamedTuple):
@@ -70,11 +71,17 @@ class Sampler:
         if not np.isfinite(found.log_sum_exp).all():
             raise DeviceError("The model's logits are not finite: its weights or its device are faulty.")
         tokens = self._draw(logits, found, draws)
+        processed = {at: self._draw_processed(logits, *draw) for at, draw in enumerate(draws) if draw[1].params.logits_processors}
         raw = found
         if edits and any(text.logprobs is not None for _, text in draws):
             raw = self._engine.candidates(count)  # log-probabilities are the model's own
-        drawn = [Drawn(text, token, self._logprobs(logits, raw, row, token, text.params.logprobs))
-                 for (row, text), token in zip(draws, tokens)]
+        drawn = []
+        for at, ((row, text), token) in enumerate(zip(draws, tokens)):
+            choice = processed.get(at, token)
+            if isinstance(choice, BaseException):
+                drawn.append(Drawn(text, token, None, choice))
+            else:
+                drawn.append(Drawn(text, choice, self._logprobs(logits, raw, row, choice, text.params.logprobs)))
         return drawn, [self._read(logits, found, read) for read in reads]
 
     @staticmethod
@@ -124,6 +131,25 @@ class Sampler:
         ids, values = ids[usable], values[usable]
         order = np.argsort(-values, kind="stable")
         return self._decided(CandidateRows(ids[order][None], values[order][None], 0, np.zeros(1)), text)
+
+    def _draw_processed(self, logits: Any, row: int, text: Text) -> int | BaseException:
+        """A text's token after its logits processors, or what went wrong in them."""
+        values = np.asarray(logits)[row]
+        values = values.copy() if text.edits is None else text.edits.apply(values)
+        try:
+            for processor in text.params.logits_processors:
+                if processor(list(text.sequence.tokens), values) is not None:
+                    raise TypeError(f"The logits processor {processor!r} returned something: edit the row in place and return None.")
+        except BaseException as error:  # the caller's own, such as SystemExit: it is raised where the text is waited for
+            return error
+        values[self._unused_ids] = -np.inf
+        if text.params.allowed_token_ids:
+            others = np.ones(len(values), bool)
+            others[list(text.params.allowed_token_ids)] = False
+            values[others] = -np.inf
+        if not np.isfinite(values.max()):
+            return ValueError("The logits processors left no token to draw, or made logits that are NaN or infinite. Ban a token by -inf, and leave one.")
+        return int(values.argmax()) if text.params.greedy else self._decided(full_row(values), text)
 
     @staticmethod
     def _decided(rows: CandidateRows, text: Text) -> int:

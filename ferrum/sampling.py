@@ -5,7 +5,7 @@ The rule, over the full distribution. Edits are made in float32, everything afte
 1. Edits. The logits of tokens in the prompt or the text are divided by the repetition penalty where positive, else
    multiplied; tokens of the text lose the presence penalty and the frequency penalty for each time; the logit bias is
    added. Banned tokens, and where some are allowed all others, are taken out, as are the tokens that would end the
-   text before min_tokens.
+   text before min_tokens. Then logits processors edit the row in order.
 2. Tokens stand in order of falling logit, ties by rising id. Unused entries of the vocabulary take no part.
 3. temperature: a token weighs exp((logit - largest logit) / temperature). Temperature 0 takes the first token,
    and between 0 and 2**-126 it counts as that.
@@ -23,9 +23,9 @@ top-k and top-p; llama.cpp's usual chain applies the temperature last. Penalties
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferrum.errors import DeviceError, OptionError
 from ferrum.options import check_settings, described, setting
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Rows = npt.NDArray[np.float64]  # [R] or [R, n]
+
+LogitsProcessor = Callable[[list[int], Any], None]
 
 # The engine's log-sum-exp may be off by this share of the sum (it adds float32 exponentials on some devices).
 SUM_TOLERANCE = 1e-5
@@ -49,6 +51,11 @@ class SamplingParams:
 
     max_tokens None: until the model's context or the KV cache is full. Values are kept as tuples and dicts. The same seed gives the same text, whatever runs beside it; None draws a fresh seed, reported in the output. Sample
     i of `n` draws with seed + i. Log-probabilities are those of the model, before edits and temperature.
+
+    logits_processors: functions `f(token_ids, logits) -> None` that edit the row `logits` [vocab_size] float32 in place before a token
+    is drawn; `token_ids` are prompt and text so far. They run between steps, while every other text waits, and where something is
+    drawn the row is sorted whole: for 151,936 tokens some 4 ms a token beside their own time, 0.2 ms at temperature 0. What they raise
+    ends their own request.
     """
 
     n: int = setting(
@@ -122,8 +129,15 @@ class SamplingParams:
         None, int, "the same for the tokens of the prompt", unit="tokens", minimum=0, maximum=1024, default_text="none"
     )
 
+    logits_processors: Sequence[LogitsProcessor] = ()
+
     def __post_init__(self) -> None:
         check_settings(self)
+        processors = (self.logits_processors,) if callable(self.logits_processors) else tuple(self.logits_processors or ())
+        for processor in processors:
+            if not callable(processor):
+                raise OptionError(f"logits_processors has {processor!r}: expected functions of (token_ids, logits) that edit the logits in place.")
+        object.__setattr__(self, "logits_processors", processors)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise OptionError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}. Lower it, or raise max_tokens.")
 

@@ -1,6 +1,6 @@
 """Which sequences take part in the next step, and with how many tokens: a state machine without a model.
 
-Sequences stand in order of priority (lower first), then of arrival. A step holds one new token of every running text and up to
+Sequences stand in order of priority (lower first), then of turn, then of arrival. A step holds one new token of every running text and up to
 `prefill_chunk` prompt tokens. New sequences are admitted in order, once their prompts fit the free KV blocks: nobody
 overtakes, so nobody starves. Where a running sequence finds no free block, the last one in order that runs is put back
 whole: its blocks are released, and its tokens, prompt and text so far, are computed anew when its turn comes. The
@@ -29,19 +29,17 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of the engine: sequences, tokens, rows of logits, and tokens of a KV block; `max_waiting` bounds the queue."""
+    """Sizes of the engine: sequences, tokens, rows of logits, and tokens of a KV block."""
 
     max_sequences: int
     prefill_chunk: int
     max_logit_rows: int
     block_tokens: int = 16
-    max_waiting: int = 64
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Limits:
         """Those of an engine with these options."""
-        sequences = options["max_sequences"]
-        return cls(sequences, options["prefill_chunk"], options["max_logit_rows"], max_waiting=max(64, sequences))
+        return cls(options["max_sequences"], options["prefill_chunk"], options["max_logit_rows"])
 
 
 class Sequence:
@@ -52,7 +50,7 @@ class Sequence:
     them. `source`: a sequence whose tokens this one begins with, to be forked from.
     """
 
-    __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "arrival", "engine_id", "queues", "source", "forks",
+    __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "turn", "arrival", "engine_id", "queues", "source", "forks",
                  "shared_tail", "owner")
 
     def __init__(self, tokens: list[int], wanted_from: int, *, owner: Any = None, priority: int = 0, excess: int = 0,
@@ -63,6 +61,7 @@ class Sequence:
         self.wanted_from = wanted_from
         self.active = True
         self.priority = priority
+        self.turn = 0
         self.arrival = -1
         self.engine_id: int | None = None  # while it holds KV blocks
         self.queues = False  # it holds KV blocks of a text before, and goes on once nobody waits who came before it
@@ -91,8 +90,8 @@ class Sequence:
         self.tokens.append(token)
         self.wanted_from = len(self.tokens) - 1
 
-    def order(self) -> tuple[int, int]:
-        return self.priority, self.arrival
+    def order(self) -> tuple[int, int, int]:
+        return self.priority, self.turn, self.arrival
 
 
 class Chunk(NamedTuple):
@@ -117,12 +116,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # with KV blocks, in order
         self._waiting: list[Sequence] = []  # without, in order
         self._arrivals = count()
+        self.turn = 0  # the highest of those that have started
         self.preemptions = 0
-
-    @property
-    def room(self) -> int:
-        """How many more sequences the queue takes; those that are paused are not counted, for nobody knows when they go on."""
-        return self._limits.max_waiting - sum(sequence.active for sequence in self._waiting)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
@@ -133,7 +128,7 @@ class Scheduler:
         return tuple(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. The caller keeps to `room`; forks of a sequence that runs may exceed it."""
+        """Queue a sequence."""
         sequence.arrival = next(self._arrivals)
         if sequence.source is not None:
             sequence.source.forks += 1
@@ -168,20 +163,6 @@ class Scheduler:
         sequence.arrival = next(self._arrivals)
         sequence.queues = True
         insort(self._running, sequence, key=Sequence.order)
-
-    def start_over(self, unfinished: Iterable[Sequence]) -> None:
-        """Everything has lost its place in the engine; the unfinished sequences wait to be computed anew, in their old order."""
-        unfinished = list(unfinished)
-        for sequence in {*self._running, *self._waiting, *unfinished}:
-            sequence.engine_id = sequence.source = None
-            sequence.computed = sequence.forks = 0
-            sequence.shared_tail = sequence.queues = False
-        self._running.clear()
-        self._waiting.clear()
-        for sequence in unfinished:
-            if sequence.arrival < 0:
-                sequence.arrival = next(self._arrivals)
-            insort(self._waiting, sequence, key=Sequence.order)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; preemptions and forks are done at once. Empty: no active sequence has anything to compute."""
@@ -252,6 +233,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, *, take_over: bool) -> None:
         """Give a sequence its place in the engine: an empty one, a fork of its source's, or the source's own."""
+        self.turn = max(self.turn, sequence.turn)
         source = sequence.source
         if source is None:
             sequence.engine_id = self._pool.new_id()

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from ferrum.engine_loop import EngineLoop, Retained
+from ferrum.engine_loop import EngineLoop, Flow, Retained, Submission
 from ferrum.outputs import CompletionOutput, Piece, RequestOutput
-from ferrum.prompts import Message, Prompt
-from ferrum.request import Request
+from ferrum.prompts import Message, Prompt, checked_terms
+from ferrum.request import PromptRead, Request
 from ferrum.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ferrum.llm import LLM
 
+Progress = Callable[[int, int], None]
+
 
 class Stream:
     """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
 
-    The text goes on only while somebody waits for its next piece. Close the stream (or leave its `with` block, or drop it) to end early:
-    its KV cache is released, where a step is running by the next one, and `output` holds what was generated. One
-    thread at a time may iterate a stream; any thread, and a signal handler, may close it.
+    The text begins with the first piece that is asked for, and then goes on whether or not somebody reads. Close the stream (or leave
+    its `with` block, which waits for that, or drop it) to end early: its KV cache is released when the step that runs has ended, and
+    `output` holds what was generated. One thread at a time may iterate a stream; any thread, and a signal handler, may close it.
     """
 
-    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None):
+    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None, prefill_progress: Progress | None = None):
         self._loop = loop
         self._request = request
         self._session = session
         self._of: Session | None = None  # a session is closed with the last that uses it
+        self._prefill_progress = prefill_progress
         self._submitted = False
-        self._raised = False
+        self._over = False
+        self._mailbox: SimpleQueue[Any] = SimpleQueue()
+        request.mailbox = self._mailbox
         self.prompt_token_ids: list[int] = request.prompt_token_ids
 
     def __iter__(self) -> Iterator[Piece]:
@@ -39,20 +44,29 @@ class Stream:
 
     def __next__(self) -> Piece:
         request = self._request
-        assert request.stream is not None
-        if not request.stream and not request.finished:
-            self._wait()
-        with suppress(IndexError):  # at the end, and where a signal handler has closed the stream a moment ago
-            return request.stream.popleft()
-        if request.error is not None and not self._raised:
-            self._raised = True
-            raise request.error
+        self._loop.check_caller()
+        if not self._submitted and not self._over:
+            self._submitted = True
+            self._loop.queue.enter(request)
+            self._loop.submit([Submission(request, self._session)], Flow())
+        while not self._over:
+            news = self._mailbox.get()
+            if isinstance(news, PromptRead):
+                if self._prefill_progress is not None:
+                    self._prefill_progress(news.tokens, len(self.prompt_token_ids))
+            elif isinstance(news, Piece):
+                if not self._over:  # closed by another thread
+                    return news
+            else:
+                self._over = True
+                if request.error is not None:
+                    raise request.error
         raise StopIteration
 
     @property
     def output(self) -> RequestOutput:
         """The result, once the stream has ended or was closed; RuntimeError before."""
-        if not self._request.finished:
+        if not self._finished():
             raise RuntimeError("The stream has not ended. Iterate it to its end, or close it, before reading its output.")
         return self._request.output()
 
@@ -64,34 +78,28 @@ class Stream:
     @property
     def prompt_tokens_read(self) -> int:
         """How many tokens of the prompt are in the KV cache; any thread may ask."""
-        return min(self._request.texts[0].sequence.computed, len(self.prompt_token_ids))
+        return self._request.prompt_tokens_read
 
     def close(self) -> None:
-        request = self._request
-        if request.stream is not None:
-            request.stream.clear()
-        if not request.finished:
-            request.cancel()
-            if self._submitted:
-                self._loop.drop(request)
+        """End the text, if it has not ended: when the step that runs has. Never waits."""
+        self._over = True
+        if self._submitted:
+            self._loop.drop(self._request)
+        else:
+            self._request.cancel()
 
-    def _wait(self) -> None:
-        request = self._request
-        self._loop.check_process()
-        if not self._submitted:
-            self._submitted = True
-            self._loop.submit(request, self._session)
-        self._loop.set_active(request, True)
-        try:
-            self._loop.drive(lambda: bool(request.stream) or request.finished)
-        finally:
-            self._loop.set_active(request, False)
+    def _finished(self) -> bool:
+        """Whether the text has ended; waits for that where the stream was closed."""
+        if self._over and not self._request.finished:
+            self._loop.settle()
+        return self._request.finished
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+        self._finished()
 
     def __del__(self) -> None:
         if hasattr(self, "prompt_token_ids"):
@@ -117,21 +125,29 @@ class Session:
         sequence = self._retained.sequence
         return 0 if sequence is None else sequence.computed
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
+        prefill_progress: Progress | None = None,
+    ) -> Stream:
         """As `LLM.stream`; RuntimeError while the stream of the turn before has not ended, or after `close`."""
         self._check_free()
-        return self._keep(self._llm._prompt_stream(prompt, sampling_params, self._retained))
+        terms = checked_terms(priority, timeout)
+        return self._keep(self._llm._prompt_stream(prompt, sampling_params, terms, prefill_progress, self._retained))
 
-    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any) -> Stream:
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
+        prefill_progress: Progress | None = None, **template_options: Any,
+    ) -> Stream:
         """As `LLM.stream_chat` for the whole conversation so far: its earlier turns need not be computed again."""
         self._check_free()
-        return self._keep(self._llm._chat_stream(messages, sampling_params, template_options, self._retained))
+        terms = checked_terms(priority, timeout)
+        return self._keep(self._llm._chat_stream(messages, sampling_params, template_options, terms, prefill_progress, self._retained))
 
     def _check_free(self) -> None:
         last = self._stream()
         if self._closed:
             raise RuntimeError("The session was closed. Make a new one with llm.session().")
-        if last is not None and not last._request.finished:
+        if last is not None and not last._finished():
             raise RuntimeError("The session's last stream has not ended. Iterate it to its end, or close it, before the next turn.")
 
     def _keep(self, stream: Stream) -> Stream:
@@ -139,7 +155,7 @@ class Session:
         return stream
 
     def close(self) -> None:
-        """Give the KV cache back."""
+        """Give the KV cache back, when the step that runs has ended; leaving the `with` block waits for that."""
         self._closed = True
         stream = self._stream()
         if stream is not None:
@@ -155,6 +171,7 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+        self._llm._loop.settle()
 
     def __del__(self) -> None:
         if hasattr(self, "_last"):

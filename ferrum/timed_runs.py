@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 
-from ferrum.engine_loop import Retained, StepReport
+from ferrum.engine_loop import Flow, Retained, StepReport, Submission
 from ferrum.errors import FerrumError
 from ferrum.llm import LLM
 from ferrum.request import Request
 from ferrum.sampling import SamplingParams
 from ferrum.tokenizer import Tokenizer
-
-
-class Step(NamedTuple):
-    """A step, and the wall time from the end of the one before to its own: scheduling, sampling and Python's share are inside."""
-
-    report: StepReport
-    seconds: float
 
 
 class Timed(NamedTuple):
@@ -48,7 +41,7 @@ def alone(llm: LLM, prompt: list[int], tokens: int) -> list[int]:
 def read_prompts(llm: LLM, prompts: list[list[int]], retained: list[Retained] | None = None) -> Timed:
     """Read prompts together, each up to its first token; `retained` keep them in the KV cache. All steps are timed."""
     ids, steps = _run(llm, [_request(llm, prompt, 1) for prompt in prompts], retained)
-    return Timed(ids, sum(step.seconds for step in steps))
+    return Timed(ids, sum(step.seconds_between for step in steps))
 
 
 def decode(llm: LLM, prompts: list[list[int]], retained: list[Retained], tokens: int) -> Timed:
@@ -59,10 +52,10 @@ def decode(llm: LLM, prompts: list[list[int]], retained: list[Retained], tokens:
     """
     requests = [_request(llm, prompt, tokens + 2) for prompt in prompts]  # ending a text is no part of a step
     ids, steps = _run(llm, requests, retained, lambda steps: len(steps) > tokens)
-    if len(steps) != tokens + 1 or any(step.report[:2] != (0, len(prompts)) for step in steps):
+    if len(steps) != tokens + 1 or any(step[:2] != (0, len(prompts)) for step in steps):
         raise FerrumError(f"A step did not decode all of {len(prompts)} sequences: something else runs in this engine, or its KV cache is "
                           "too small. Raise kv_tokens (--kv-tokens).")
-    return Timed(ids, sum(step.seconds for step in steps[1:]))
+    return Timed(ids, sum(step.seconds_between for step in steps[1:]))
 
 
 def warm_up(llm: LLM, prompts: list[list[int]]) -> None:
@@ -83,6 +76,7 @@ def keeping(llm: LLM, count: int) -> Iterator[list[Retained]]:
     finally:
         for each in retained:
             llm._loop.drop(each)
+        llm._loop.settle()
 
 
 def _request(llm: LLM, prompt: list[int], tokens: int) -> Request:
@@ -90,29 +84,32 @@ def _request(llm: LLM, prompt: list[int], tokens: int) -> Request:
 
 
 def _run(
-    llm: LLM, requests: list[Request], retained: list[Retained] | None = None, enough: Callable[[list[Step]], bool] | None = None,
-) -> tuple[list[list[int]], list[Step]]:
+    llm: LLM, requests: list[Request], retained: list[Retained] | None = None, enough: Callable[[list[StepReport]], bool] | None = None,
+) -> tuple[list[list[int]], list[StepReport]]:
     """Run requests together to their ends, or until `enough`, and drop what is left of them: their ids, and the steps."""
     loop = llm._loop
-    steps: list[Step] = []
-    ended = None
+    steps: list[StepReport] = []
+    mailbox: SimpleQueue[Request] = SimpleQueue()
 
-    def between_steps() -> bool:
-        nonlocal ended
-        now = perf_counter()
-        if ended is not None:
-            steps.append(Step(loop.last_step, now - ended))
-        ended = now
-        return all(request.finished for request in requests) or (enough is not None and enough(steps))
-
-    try:
-        for request, session in zip(requests, retained or [None] * len(requests)):
-            loop.submit(request, session)
-        loop.drive(between_steps)
-    finally:
-        for request in requests:
-            if not request.finished:
+    def after_step(report: StepReport) -> None:
+        steps.append(report)
+        if enough is not None and enough(steps):
+            for request in requests:
                 loop.drop(request)
+
+    loop.check_caller()
+    loop.on_step = after_step
+    try:
+        for request in requests:
+            request.mailbox = mailbox
+            loop.queue.enter(request)
+        loop.submit([Submission(*each) for each in zip(requests, retained or [None] * len(requests))], Flow())
+        for _ in requests:
+            mailbox.get()
+    finally:
+        loop.on_step = None
+        for request in requests:
+            loop.drop(request)
     for request in requests:
         if request.error is not None:
             raise request.error

@@ -1,6 +1,7 @@
 """The native core of ferrum: an engine that owns the model's weights, the KV pool and the threads."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -158,6 +159,8 @@ class Engine:
     def decode_batch(self, sequences: Sequence[int], tokens: Sequence[int]) -> Logits: ...
     def step(self, chunks: Sequence[Chunk | tuple]) -> Logits | None:
         """One ragged step of at most prefill_chunk + max_sequences tokens: all chunks advance, or none."""
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other threads out of the engine for a `with` block, so that `candidates` and logits are of this thread's own step."""
     def candidates(
         self,
         n: int,

@@ -325,10 +325,15 @@ def plan(model, **given):
 
 
 cdef class CallLock:
-    """Serialises the calls of one engine. A call from inside another one, or in a forked process, is refused: it would wait for ever."""
+    """Serialises the calls of one engine. A call from inside another one, or in a forked process, is refused: it would wait for ever.
+
+    A thread may hold it over several calls, which then run as one.
+    """
 
     cdef object lock
     cdef object owner
+    cdef bint held
+    cdef bint inside
     cdef int process
 
     def __cinit__(self):
@@ -343,13 +348,29 @@ cdef class CallLock:
             raise RuntimeError("this engine was made in another process, and its threads did not come along with fork(). Make a new Engine in this process.")
         thread = threading.get_ident()
         if self.owner == thread:
-            raise RuntimeError("an engine was called from inside a call of this engine, by a signal handler, a finalizer or an argument. Call it afterwards.")
-        self.lock.acquire()
-        self.owner = thread
+            if not self.held or self.inside:
+                raise RuntimeError("an engine was called from inside a call of this engine, by a signal handler, a finalizer or an argument. Call it afterwards.")
+        else:
+            self.lock.acquire()
+            self.owner = thread
+        self.inside = True
 
     def __exit__(self, *exc):
-        self.owner = None
-        self.lock.release()
+        self.inside = False
+        if not self.held:
+            self.owner = None
+            self.lock.release()
+
+    def hold(self):
+        if self.held and self.owner == threading.get_ident():
+            raise RuntimeError("this thread holds the engine already. Use one `with engine.held()`.")
+        self.__enter__()
+        self.held = True
+        self.inside = False
+
+    def let_go(self):
+        self.held = False
+        self.__exit__()
 
 
 cdef class _LogitsMemory:
@@ -453,6 +474,15 @@ cdef class Engine:
         self.device = self.native.get().device().decode()
         self.kv_capacity = self.native.get().plan().options.kv_tokens
         self.kv_bytes_per_token = self.native.get().plan().kv // self.kv_capacity
+
+    @contextmanager
+    def held(self):
+        """Keep other threads out of the engine for a `with` block; see `_native.pyi`."""
+        self.lock.hold()
+        try:
+            yield
+        finally:
+            self.lock.let_go()
 
     cdef NativeEngine* open(self) except NULL:
         """The native engine; call with the lock held."""

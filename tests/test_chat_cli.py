@@ -247,7 +247,7 @@ def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(terminal, tmp_path):
     screen = terminal(*ENDLESS)
     screen.ask(ASK, until="\n.*\n?.{20}")
     screen.keys("\x03")
-    count = int(screen.wait(r"\^C\n?\[stopped, (\d+) tokens, ")[1])
+    count = int(screen.wait(r"\^C[^\[]*\[stopped, (\d+) tokens, ")[1])
     screen.ask("/stats", until=rf"last reply +{count} tokens")
     screen.ask(f"/save {tmp_path / 'talk.json'}", until="Saved 2 messages")
     assert json.loads((tmp_path / "talk.json").read_text())["messages"][1]["content"]

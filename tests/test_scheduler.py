@@ -1,4 +1,4 @@
-"""The scheduler against a pool that keeps every block's contents, and callers who add, pause, fork, take back and interrupt at random.
+"""The scheduler against a pool that keeps every block's contents, and callers who add, pause, fork and take back at random.
 
 The "model" is a hash of all tokens so far, read from the pool's blocks: a text that comes out right was computed right.
 """
@@ -61,10 +61,6 @@ class BlockPool:
         for block in self.tables.pop(sequence):
             self.references[block] -= 1
         del self.lengths[sequence]
-
-    def release_all(self):
-        for sequence in [*self.promised, *self.tables]:
-            self.release(sequence)
 
     def truncate(self, sequence, length):
         self._check_live(sequence)
@@ -141,10 +137,6 @@ class Job:
     def total(self):
         """The most tokens that it computes, or its forks do."""
         return (len(self.sequence.tokens) + self.limit) * (1 + self.forks)
-
-
-class Interrupted(Exception):
-    """Stands for Ctrl-C."""
 
 
 class Callers:
@@ -249,38 +241,20 @@ class Callers:
 
     # Steps
 
-    def step(self, interrupt_at=None):
-        """One step; interrupted at one of four places if asked."""
-        try:
-            self._step(interrupt_at)
-        except Interrupted:
-            self.pool.release_all()
-            self.scheduler.start_over([job.sequence for job in self.jobs])
-            for job in self.jobs:
-                job.deadline = self.steps + 2 * sum(other.total for other in self.jobs)
-        self.check()
-
-    def _step(self, interrupt_at):
+    def step(self):
         waited = set(self.scheduler.waiting)
         ran = {sequence for sequence in self.scheduler.running if not sequence.queues}
         chunks = self.scheduler.schedule()
         self.steps += 1
         self._check_plan(chunks, waited, ran)
-        if interrupt_at == 0:
-            raise Interrupted
         self.pool.step([(chunk.sequence.engine_id, chunk.sequence.tokens[chunk.sequence.computed :][: chunk.tokens], chunk.sequence.computed)
                         for chunk in chunks])
-        if interrupt_at == 1:
-            raise Interrupted
         read = {chunk.sequence: self.pool.read(chunk.sequence.engine_id) for chunk in chunks}
         for chunk in chunks:
             self._take_rows(chunk, read[chunk.sequence])
-            if interrupt_at == 2:
-                raise Interrupted
         self.scheduler.commit(chunks)
-        if interrupt_at == 3:
-            raise Interrupted
         self._end_jobs()
+        self.check()
 
     def _check_plan(self, chunks, waited, ran):
         able = [job.sequence for job in self.jobs if job.sequence.active and job.sequence.pending]
@@ -393,10 +367,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.callers.step()
 
-    @rule(at=st.integers(0, 3))
-    def interrupted_step(self, at):
-        self.callers.step(interrupt_at=at)
-
     @rule()
     def pause(self):
         self.callers.pause()
@@ -459,7 +429,7 @@ def test_a_long_history_keeps_every_rule(sizes):
         elif action < 0.325:
             callers.close_session()
         else:
-            callers.step(rng.choice((0, 1, 2, 3)) if rng.random() < 0.01 else None)
+            callers.step()
     assert callers.scheduler.preemptions > 20
     callers.finish()
 
@@ -511,17 +481,6 @@ def test_a_session_that_lost_its_blocks_while_paused_stands_in_the_queue_once():
     scheduler.remove(other)
     run_to_end(scheduler, pool, [session])
     assert (scheduler.running, scheduler.waiting) == ((session,), ())
-
-
-def test_paused_sequences_leave_the_queue_its_room():
-    scheduler = Scheduler(BlockPool(4, 8), Limits(8, 64, 8, max_waiting=2))
-    for _ in range(5):
-        sequence = Sequence([1, 2], 1)
-        sequence.active = False
-        scheduler.add(sequence)
-    assert scheduler.room == 2
-    scheduler.add(Sequence([1, 2], 1))
-    assert scheduler.room == 1
 
 
 def test_sessions_that_never_pause_starve_nobody():

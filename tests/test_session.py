@@ -1,6 +1,7 @@
 """Session: a text that goes on turn by turn, and what stays in the KV cache when a turn is broken off."""
 
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -19,27 +20,33 @@ def llm():
         yield llm
 
 
-@contextmanager
-def within(function, line, action):
-    """Run `action` once, as a signal handler would, before the given line (from 0) that `function` runs, over all its calls."""
-    lines = 0
+class Interruption:
+    """Runs `action` once, as a finalizer would, before the given line (from 0) that `function` runs, over all its calls from `arm` on."""
 
-    def trace(frame, event, _):
-        nonlocal lines
-        if frame.f_code is not function.__code__:
-            return None
+    def __init__(self, function, line):
+        self._code, self._line, self._action = function.__code__, line, None
+
+    def arm(self, action):
+        self._action = action
+
+    def trace(self, frame, event, _):
+        if frame.f_code is not self._code or self._action is None:
+            return self.trace
         if event == "line":
-            lines += 1
-            if lines == line + 1:
-                action()
-        return trace
+            self._line -= 1
+            if self._line == -1:
+                self._action()
+        return self.trace
 
-    previous = sys.gettrace()
-    sys.settrace(trace)
+
+@contextmanager
+def tracing(function, trace):
+    """With `sys` or `threading` .settrace, the latter for threads that start in the block."""
+    function(trace)
     try:
         yield
     finally:
-        sys.settrace(previous)
+        function(None)
 
 
 def computed(llm):
@@ -64,25 +71,25 @@ def test_the_next_turn_computes_only_what_is_new(llm):
 
 
 @pytest.mark.parametrize("line", range(0, 12))
-def test_a_turn_closed_while_a_step_runs_keeps_its_kv_cache(llm, line):
-    with llm.session() as session:
+def test_a_turn_closed_while_a_step_runs_keeps_its_kv_cache(line):
+    interruption = Interruption(EngineLoop._accept, line)
+    with LLM(threads=1, kv_tokens=512) as llm, llm.session() as session, tracing(threading.settrace, interruption.trace):
         list(session.stream(PROMPT, GREEDY))
         stream = session.stream(PROMPT + " It had", GREEDY)
-        next(stream)
-        with within(EngineLoop._accept, line, stream.close):
-            list(stream)
+        interruption.arm(stream.close)
+        list(stream)
         assert stream.completion.finish_reason == "cancelled"
         prompt = len(stream.prompt_token_ids)
-        session.stream(PROMPT, GREEDY).close()  # what was dropped while the step ran is released
         assert prompt <= session.tokens_kept <= prompt + len(stream.completion.token_ids)
         assert llm.engine.stats()["live_sequences"] == 1
 
 
-@pytest.mark.parametrize("line", range(0, 20))
+@pytest.mark.parametrize("line", range(0, 14))
 def test_a_stream_may_be_closed_at_any_line_of_its_iteration(llm, line):
-    stream = llm.stream(PROMPT, GREEDY)
-    with within(Stream.__next__, line, stream.close):
+    stream = llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+    interruption = Interruption(Stream.__next__, line)
+    interruption.arm(stream.close)
+    with tracing(sys.settrace, interruption.trace):
         list(stream)
     assert stream.completion.finish_reason == "cancelled"
-    llm.stream(PROMPT, GREEDY).close()
     assert llm.engine.stats()["live_sequences"] == 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ferrum.cli.arguments import Parser, add_settings, given_settings, utf8
@@ -241,28 +239,13 @@ class ReplyView:
 def _consume(stream: Stream, view: ReplyView) -> None:
     """Run the stream to its end, or to Ctrl-C, and show the reply."""
     try:
-        with _stopped_by_ctrl_c(stream):
-            with reading(stream):
-                piece = next(stream, None)
-            while piece is not None:
-                view.write(piece.text)
-                piece = next(stream, None)
+        with reading(stream):
+            piece = next(stream, None)
+        while piece is not None:
+            view.write(piece.text)
+            piece = next(stream, None)
     except KeyboardInterrupt:
         stream.close()
-
-
-@contextmanager
-def _stopped_by_ctrl_c(stream: Stream) -> Iterator[None]:
-    """Within, Ctrl-C ends the stream after the step that runs, so that the KV cache stays good; a second one does not wait."""
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, previous)
-        stream.close()
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _welcome(llm: LLM) -> str:
