@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "ferrum.llm",
+    "AsyncLLM": "ferrum.async_llm",
+    "AsyncStream": "ferrum.async_llm",
     "Stream": "ferrum.stream",
     "Session": "ferrum.stream",
     "RequestOutput": "ferrum.outputs",
@@ -56,6 +58,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from ferrum.async_llm import AsyncLLM as AsyncLLM, AsyncStream as AsyncStream
     from ferrum.chat_template import ChatTemplate as ChatTemplate
     from ferrum.errors import (
         Cancelled as Cancelled,

@@ -26,7 +26,7 @@ from ferrum.sampler import Drawn, Read, ReadToken, Sampler
 from ferrum.scheduler import Chunk, Limits, Scheduler, Sequence
 from ferrum_native._native import Engine
 
-R = TypeVar("R", Request, Scoring)
+R = TypeVar("R", bound=Request | Scoring)
 Command = tuple[Callable[..., None], Any]
 
 
@@ -73,7 +73,7 @@ class EngineLoop:
         self._scheduler = Scheduler(_EnginePool(engine), Limits.of(engine.options))
         self._requests: dict[int, Request | Scoring] = {}  # unfinished ones, by id()
         self._sessions: dict[int, Retained] = {}  # of unfinished requests, by id()
-        self._timed: dict[int, Request | Scoring] = {}  # those of the unfinished that have a deadline
+        self._deadlines: dict[int, float] = {}  # of those unfinished requests that have one
         self._ended = perf_counter()  # the step before
         self.on_step: Callable[[StepReport], None] | None = None
         # What other threads touch. SimpleQueue.put may be called from finalizers and signal handlers, in the middle of anything.
@@ -311,7 +311,7 @@ class EngineLoop:
         """A request has ended: its blocks go back, but for those that its session keeps, and whoever waits for it is told."""
         if self._requests.pop(id(request), None) is None:
             return
-        self._timed.pop(id(request), None)
+        self._deadlines.pop(id(request), None)
         session = self._sessions.pop(id(request), None)
         for sequence in request.sequences():
             if session is not None and sequence is session.sequence:
@@ -338,7 +338,7 @@ class EngineLoop:
     def _add_one(self, request: Request | Scoring, flow: Flow, session: Retained | None) -> None:
         self._requests[id(request)] = request
         if request.deadline is not None:
-            self._timed[id(request)] = request
+            self._deadlines[id(request)] = request.deadline
         flow.turn = max(self._scheduler.turn, flow.turn + 1)
         for sequence in request.sequences():
             sequence.turn = flow.turn
@@ -374,9 +374,9 @@ class EngineLoop:
             self._forget(item)
 
     def _end_overdue(self) -> None:
-        if self._timed:
+        if self._deadlines:
             now = perf_counter()
-            for request in [request for request in self._timed.values() if request.deadline <= now]:
+            for request in [self._requests[id] for id, deadline in self._deadlines.items() if deadline <= now]:
                 request.end_overdue()
                 self._forget(request)
 

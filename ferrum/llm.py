@@ -123,10 +123,8 @@ class LLM:
         prompt, ContextFull or KVPoolExhausted for one that is too long, EngineClosed.
         DeviceError and other errors while running end the call; nothing of it is left behind.
         """
-        given = several(prompts)
-        params, terms = params_for(given, sampling_params), checked_terms(priority, timeout)
-        prepared = [self._prepared(prompt, each, _place("prompts", i, given)) for i, (prompt, each) in enumerate(zip(given, params))]
-        return self._run(prepared, terms, progress, prefill_progress)
+        terms = checked_terms(priority, timeout)
+        return self._run(self._prepared_prompts(several(prompts), sampling_params), terms, progress, prefill_progress)
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -134,11 +132,8 @@ class LLM:
         prefill_progress: Progress | None = None, priority: int = 0, timeout: float | None = None, **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several together: as `generate` for the prompts that `chat_prompt` makes of them."""
-        given = conversations(messages)
-        params, terms = params_for(given, sampling_params), checked_terms(priority, timeout)
-        prepared = [self._prepared_chat(conversation, each, template_options, _place("conversations", i, given))
-                    for i, (conversation, each) in enumerate(zip(given, params))]
-        return self._run(prepared, terms, progress, prefill_progress)
+        terms = checked_terms(priority, timeout)
+        return self._run(self._prepared_conversations(conversations(messages), sampling_params, template_options), terms, progress, prefill_progress)
 
     def render_chat(self, messages: Sequence[Message], *, chat_template: str | None = None, **template_options: Any) -> str:
         """The text of a conversation by the file's chat template, or by the Jinja source `chat_template`.
@@ -281,10 +276,12 @@ class LLM:
         return self._stream(self._prepared_chat(messages, checked_params(sampling_params), template_options), terms, prefill_progress, session)
 
     def _stream(self, prepared: _Prepared, terms: Terms, prefill_progress: Progress | None, session: Retained | None) -> Stream:
+        return Stream(self._loop, self._streamed(prepared, terms, prefill_progress), session, prefill_progress)
+
+    def _streamed(self, prepared: _Prepared, terms: Terms, prefill_progress: Progress | None) -> Request:
         if prepared.params.n != 1:
             raise ValueError(f"n is {prepared.params.n}, but a stream gives one text. Use generate, or open several streams.")
-        request = self._request(prepared, terms, streamed=True, reports_prompt=prefill_progress is not None)
-        return Stream(self._loop, request, session, prefill_progress)
+        return self._request(prepared, terms, streamed=True, reports_prompt=prefill_progress is not None)
 
     def _run(
         self, prepared: Sequence[_Prepared], terms: Terms, progress: Progress | None, prefill_progress: Progress | None,
@@ -325,6 +322,17 @@ class LLM:
     def _encode_rendered(self, text: str) -> list[int]:
         """A rendered template has its own beginning-of-text token, if any."""
         return self.tokenizer.encode(text, add_bos=False)
+
+    def _prepared_prompts(self, given: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None) -> list[_Prepared]:
+        params = params_for(given, sampling_params)
+        return [self._prepared(prompt, each, _place("prompts", i, given)) for i, (prompt, each) in enumerate(zip(given, params))]
+
+    def _prepared_conversations(
+        self, given: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None, template_options: Mapping[str, Any],
+    ) -> list[_Prepared]:
+        params = params_for(given, sampling_params)
+        return [self._prepared_chat(conversation, each, template_options, _place("conversations", i, given))
+                for i, (conversation, each) in enumerate(zip(given, params))]
 
     def _prepared_chat(
         self, messages: Sequence[Message], params: SamplingParams, template_options: Mapping[str, Any], what: str = "The prompt",

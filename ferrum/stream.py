@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ferrum.engine_loop import EngineLoop, Flow, Retained, Submission
 from ferrum.outputs import CompletionOutput, Piece, RequestOutput
 from ferrum.prompts import Message, Prompt, checked_terms
-from ferrum.request import PromptRead, Request
+from ferrum.request import Mailbox, PromptRead, Request
 from ferrum.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -19,49 +19,18 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-class Stream:
-    """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
+class TextStream:
+    """What streams have in common, whatever waits for their pieces: one text, its mailbox, and how it ends."""
 
-    The text begins with the first piece that is asked for, and then goes on whether or not somebody reads. Close the stream (or leave
-    its `with` block, which waits for that, or drop it) to end early: its KV cache is released when the step that runs has ended, and
-    `output` holds what was generated. One thread at a time may iterate a stream; any thread, and a signal handler, may close it.
-    """
-
-    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None, prefill_progress: Progress | None = None):
+    def __init__(self, loop: EngineLoop, request: Request, mailbox: Mailbox, session: Retained | None, prefill_progress: Progress | None):
         self._loop = loop
         self._request = request
         self._session = session
-        self._of: Session | None = None  # a session is closed with the last that uses it
         self._prefill_progress = prefill_progress
         self._submitted = False
         self._over = False
-        self._mailbox: SimpleQueue[Any] = SimpleQueue()
-        request.mailbox = self._mailbox
+        request.mailbox = mailbox
         self.prompt_token_ids: list[int] = request.prompt_token_ids
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        request = self._request
-        self._loop.check_caller()
-        if not self._submitted and not self._over:
-            self._submitted = True
-            self._loop.queue.enter(request)
-            self._loop.submit([Submission(request, self._session)], Flow())
-        while not self._over:
-            news = self._mailbox.get()
-            if isinstance(news, PromptRead):
-                if self._prefill_progress is not None:
-                    self._prefill_progress(news.tokens, len(self.prompt_token_ids))
-            elif isinstance(news, Piece):
-                if not self._over:  # closed by another thread
-                    return news
-            else:
-                self._over = True
-                if request.error is not None:
-                    raise request.error
-        raise StopIteration
 
     @property
     def output(self) -> RequestOutput:
@@ -80,7 +49,24 @@ class Stream:
         """How many tokens of the prompt are in the KV cache; any thread may ask."""
         return self._request.prompt_tokens_read
 
-    def close(self) -> None:
+    def _submit(self) -> None:
+        """Start the text, which has a place in the queue."""
+        self._submitted = True
+        self._loop.submit([Submission(self._request, self._session)], Flow())
+
+    def _take(self, news: Any) -> Piece | None:
+        """The piece in the news, if there is one to be given; raises what ended the text."""
+        if isinstance(news, Piece):
+            return None if self._over else news  # closed by another thread
+        if not isinstance(news, PromptRead):
+            self._over = True
+            if self._request.error is not None:
+                raise self._request.error
+        elif self._prefill_progress is not None:
+            self._prefill_progress(news.tokens, len(self.prompt_token_ids))
+        return None
+
+    def _end(self) -> None:
         """End the text, if it has not ended: when the step that runs has. Never waits."""
         self._over = True
         if self._submitted:
@@ -94,16 +80,47 @@ class Stream:
             self._loop.settle()
         return self._request.finished
 
+    def __del__(self) -> None:
+        if hasattr(self, "prompt_token_ids"):
+            self._end()
+
+
+class Stream(TextStream):
+    """A running generation of one text: iterate it for Pieces; afterwards `output` holds the whole.
+
+    The text begins with the first piece that is asked for, and then goes on whether or not somebody reads. Close the stream (or leave
+    its `with` block, which waits for that, or drop it) to end early: its KV cache is released when the step that runs has ended, and
+    `output` holds what was generated. One thread at a time may iterate a stream; any thread, and a signal handler, may close it.
+    """
+
+    def __init__(self, loop: EngineLoop, request: Request, session: Retained | None = None, prefill_progress: Progress | None = None):
+        self._mailbox: SimpleQueue[Any] = SimpleQueue()
+        self._of: Session | None = None  # a session is closed with the last that uses it
+        super().__init__(loop, request, self._mailbox, session, prefill_progress)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        self._loop.check_caller()
+        if not self._submitted and not self._over:
+            self._loop.queue.enter(self._request)
+            self._submit()
+        while not self._over:
+            if piece := self._take(self._mailbox.get()):
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the text, if it has not ended: when the step that runs has. Never waits."""
+        self._end()
+
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
         self._finished()
-
-    def __del__(self) -> None:
-        if hasattr(self, "prompt_token_ids"):
-            self.close()
 
 
 class Session:

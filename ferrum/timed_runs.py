@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def _run(
         for request in requests:
             request.mailbox = mailbox
             loop.queue.enter(request)
-        loop.submit([Submission(*each) for each in zip(requests, retained or [None] * len(requests))], Flow())
+        loop.submit([Submission(*each) for each in zip(requests, retained or repeat(None))], Flow())
         for _ in requests:
             mailbox.get()
     finally:

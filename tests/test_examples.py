@@ -11,10 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "tools" / "examples").glob("*.py"))
 SHOWN = {  # a line of each example's output
+    "async_streams.py": r"^in a hurry: .+ \[(length|stop)\]$",
     "best_of.py": r"^ +-\d+\.\d\d  seed [3-6] '.+'$",
     "chat_session.py": r"^\[92 prompt tokens; 7\d were in the KV cache before\]$",
     "fit_memory.py": r"^within 27MiB: weights 12\.6 MiB, KV cache \d\.\d MiB for 1\d{3} tokens, scratch \d+\.\d MiB$",
+    "logits_processor.py": r"^[01] the, [01] and: ",
     "many_prompts.py": r"^Once upon a time.+  \[(length|stop), \d+ tokens\]$",
+    "many_threads.py": r"^Once upon a time Lily.+",
     "score_choices.py": r"^ +-\d+\.\d{3} ' sleep\.', by token \[.+\]$",
     "stream_reply.py": r"^\d+ tokens/s$",
 }
