@@ -401,16 +401,16 @@ class EngineLoop:
         self._refuse_rest()
 
     def _refuse_rest(self) -> None:
-        """Nobody obeys what is left in the inbox of a closed loop."""
-        while not self._inbox.empty():
-            with suppress(Exception):
-                command = self._inbox.get_nowait()
-                if command is not None and command[0] is EngineLoop._add:
-                    for request, _ in command[1][0]:
+        """Nobody obeys what is left in the inbox of a closed loop: its texts fail, and whoever waits for it to settle goes on."""
+        with suppress(Empty):
+            while True:
+                function, arguments = self._inbox.get_nowait() or (EngineLoop._drop, ())
+                if function is EngineLoop._add:
+                    for request, _ in arguments[0]:
                         request.fail(_closed_error())
                         self._tell(request)
-                elif command is not None and command[0] is not EngineLoop._drop:
-                    command[0](self)
+                elif function is not EngineLoop._drop:
+                    function(self, *arguments)
 
 
 class _Queue:
