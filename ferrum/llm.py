@@ -60,11 +60,13 @@ class LLM:
         prefill_chunk: int | None = None,
         max_logit_rows: int | None = None,
         profile: bool | None = None,
+        prefix_cache: bool | None = None,
         progress: Progress | None = None,
     ):
         started = perf_counter()
         given = dict(device=device, threads=threads, kv_tokens=kv_tokens, memory_budget=memory_budget, kv_type=kv_type, activations=activations,
-                     max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows, profile=profile)
+                     max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows, profile=profile,
+                     prefix_cache=prefix_cache)
         self.model, options, self.sources = resolve(model, given)
         self.file = GGUFFile.open(self.model)
         planned = plan(self.file, **options.arguments())  # refuses what cannot run before anything is taken

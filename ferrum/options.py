@@ -255,6 +255,7 @@ class EngineOptions:
         default_text="max_sequences, at least 16", flag=False,
     )
     profile: bool = setting(False, bool, "time every op of the engine, against its bytes and operations")
+    prefix_cache: bool = setting(True, bool, "keep what was computed in free room of the KV cache, for prompts that begin alike")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -49,6 +49,7 @@ def plan(
     activations: str = "int8",
     threads: int | None = None,
     profile: bool = False,
+    prefix_cache: bool = True,
 ) -> dict[str, Any]:
     """What an Engine with these options would be and take, without loading anything.
 
@@ -101,6 +102,12 @@ class Candidates(NamedTuple):
     log_sum_exp_at_temperature: npt.NDArray[np.float64]  # [rows], of logits / temperature
     target_logits: npt.NDArray[np.float32]  # [rows, targets]
 
+class CachedPrefix(NamedTuple):
+    """A beginning of a prompt that the KV pool holds: its tokens, and how many of its blocks live sequences hold, so that they cost no free one."""
+
+    tokens: int
+    blocks_in_use: int
+
 class Engine:
     """A loaded model with its KV pool. Sequences are ints chosen by the caller.
 
@@ -113,10 +120,11 @@ class Engine:
     where the mapped weights are larger than that), if it gives that much.
     `max_sequences`: live sequences at once. `prefill_chunk`: prompt tokens of one step. `max_logit_rows`: most rows of one call's logits,
     default max(max_sequences, 16). `activations`: "int8", or "float32" for proof. `threads`: default: the CPUs that this process may use.
-    `profile`: count what every op costs, for `profile()`; the device is then waited for after each.
+    `profile`: count what every op costs, for `profile()`; the device is then waited for after each. `prefix_cache`: what the KV pool holds is
+    found again by its tokens, for `adopt`, also after its sequence ended, until the room is needed.
 
     `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx2", "scalar";
-    None: the best of this machine), `poison_freed_kv` (freed KV blocks are filled with NaN) and `fail_at` (that call to the device raises
+    None: the best of this machine), `poison_freed_kv` (KV blocks whose content is dropped are filled with NaN) and `fail_at` (that call to the device raises
     DeviceError, once). For tools: `compare_with` names a device that computes every op first; where `device` then gives another value, by more
     than `compare_tolerance` of the largest of the row, a DeviceError says in which op and where. `kernels` is a file of Metal kernels, compiled or
     (.metal) as source; None: those that were installed.
@@ -144,6 +152,7 @@ class Engine:
         activations: str = "int8",
         threads: int | None = None,
         profile: bool = False,
+        prefix_cache: bool = True,
         unused_tokens: Sequence[int] | None = None,
         instruction_set: str | None = None,
         poison_freed_kv: bool = False,
@@ -171,11 +180,17 @@ class Engine:
         """The n largest logits of each row of the last step, after the edits, in their order. An array of EDIT_DTYPE and float32 temperatures
         are taken whole, without a Python step per item. `targets`: per row, ids whose logits are wanted as well."""
     def fork(self, source: int, target: int) -> None: ...
+    def adopt(self, sequence: int, tokens: Sequence[int]) -> int:
+        """Start `sequence` with the longest beginning of `tokens`, whole blocks of 16, that the KV pool holds, and return its length in tokens: a
+        prompt is then computed from there on. 0: nothing was found, or the option `prefix_cache` is off, and the sequence is not started."""
+    def cached_prefix(self, tokens: Sequence[int]) -> CachedPrefix:
+        """What `adopt` would find now. Changes nothing, not even which blocks are given up first."""
     def release(self, sequence: int) -> None: ...
     def truncate(self, sequence: int, length: int) -> None:
         """Drop the tokens of a live sequence after the first `length` (from 1 to what it has); blocks that it no longer needs, and room that
         `reserve` held, go back to the pool. Forks keep what they have."""
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """End every sequence and forget what is cached."""
     def reserve(self, sequence: int, tokens: int) -> None:
         """Hold KV blocks so that the sequence can grow by `tokens` without KVPoolExhausted."""
     def warm_up(self) -> None:
@@ -203,11 +218,12 @@ class Engine:
     def length(self, sequence: int) -> int:
         """Tokens of a live sequence."""
     def stats(self) -> dict[str, int]:
-        """Counters since the engine was made: `steps`, `tokens`, `logit_rows`, `failed_steps`; the KV pool now: `live_sequences`, `kv_blocks`,
-        `kv_blocks_free`; on a GPU `dispatches`, `command_buffers`, `uploads`, and `pipelines` (kernels compiled)."""
+        """Counters since the engine was made: `steps`, `tokens`, `logit_rows`, `failed_steps`; of `adopt`, `prefix_hits` (calls that
+        found something), `prefix_tokens` (found) and `prefix_tokens_asked`, and `prefix_evictions` (cached blocks whose room was needed); the
+        KV pool now: `live_sequences`, `kv_blocks`, `kv_blocks_free`, and `kv_blocks_cached` (those of the free ones that `adopt` finds); on a GPU `dispatches`, `command_buffers`, `uploads`, and `pipelines` (kernels compiled)."""
     @property
     def kv_blocks_free(self) -> int:
-        """Free blocks of the KV pool, of 16 tokens each."""
+        """Free blocks of the KV pool, of 16 tokens each, the cached ones too."""
     @property
     def closed(self) -> bool: ...
     def close(self) -> None: ...

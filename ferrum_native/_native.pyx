@@ -44,6 +44,7 @@ for _kind, _class in (
 Chunk = namedtuple("Chunk", "sequence tokens logits start", defaults=("last", None))
 Edit = namedtuple("Edit", "row token penalty bias", defaults=(1.0, 0.0))
 Candidates = namedtuple("Candidates", "ids logits log_sum_exp log_sum_exp_at_temperature target_logits")
+CachedPrefix = namedtuple("CachedPrefix", "tokens blocks_in_use")
 
 # A token type of GGUF: an entry that only pads the vocabulary.
 cdef int UNUSED_TOKEN = 5
@@ -84,6 +85,8 @@ cdef int32_t token_id(object token) except? -1:
 
 
 cdef int fill_tokens(object tokens, vector[int32_t]& out) except -1:
+    if type(tokens) in (list, tuple):  # its length is known
+        out.reserve(out.size() + <size_t>len(tokens))
     for token in tokens:
         out.push_back(token_id(token))
     return 0
@@ -247,6 +250,7 @@ cdef dict effective_options(object options, const EnginePlan& plan, bint float_a
         "activations": "float32" if float_activations else options.activations,
         "threads": options.threads,
         "profile": options.profile,
+        "prefix_cache": options.prefix_cache,
     }
 
 
@@ -271,6 +275,7 @@ cdef EngineOptions engine_options(object options):
     out.max_sequences = options.max_sequences
     out.prefill_chunk = options.prefill_chunk
     out.max_logit_rows = options.max_logit_rows or 0
+    out.prefix_cache = options.prefix_cache
     return out
 
 
@@ -638,6 +643,23 @@ cdef class Engine:
         with self.lock:
             self.open().fork(from_sequence, to_sequence)
 
+    def adopt(self, sequence, tokens):
+        """Start a sequence with the longest cached beginning of `tokens`; its length, 0: there is none."""
+        cdef int64_t id = sequence_id(sequence)
+        cdef vector[int32_t] ids
+        fill_tokens(tokens, ids)
+        with self.lock:
+            return self.open().adopt(id, span(ids.data(), ids.size()))
+
+    def cached_prefix(self, tokens):
+        """What `adopt` would find, and how many of its blocks live sequences hold."""
+        cdef vector[int32_t] ids
+        cdef CachedPrefixTokens found
+        fill_tokens(tokens, ids)
+        with self.lock:
+            found = self.open().pool().cached_prefix(span(ids.data(), ids.size()))
+            return CachedPrefix(found.tokens, found.blocks_in_use)
+
     def release(self, sequence):
         """End a sequence; its blocks go back to the pool."""
         cdef int64_t id = sequence_id(sequence)
@@ -652,7 +674,7 @@ cdef class Engine:
             self.open().truncate(id, count)
 
     def reset(self):
-        """End every sequence."""
+        """End every sequence and forget what is cached."""
         with self.lock:
             self.open().reset()
 
@@ -753,6 +775,11 @@ cdef class Engine:
                 "live_sequences": native.pool().live_sequences(),
                 "kv_blocks": native.pool().total_blocks(),
                 "kv_blocks_free": native.pool().free_blocks(),
+                "kv_blocks_cached": native.pool().cached_blocks(),
+                "prefix_hits": native.pool().prefix_stats().hits,
+                "prefix_tokens": native.pool().prefix_stats().tokens,
+                "prefix_tokens_asked": native.pool().prefix_stats().tokens_asked,
+                "prefix_evictions": native.pool().prefix_stats().evictions,
             }
             if device != NULL:
                 stats |= {"dispatches": device.dispatches, "command_buffers": device.command_buffers, "uploads": device.uploads, "pipelines": device.pipelines}

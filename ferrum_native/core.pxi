@@ -119,6 +119,11 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
     cdef cppclass Growth:
         int64_t sequence
         int tokens
+        const int32_t* ids
+    cdef cppclass CachedPrefixTokens "ferrum::CachedPrefix":
+        int tokens, blocks_in_use
+    cdef cppclass PrefixStats:
+        int64_t hits, tokens, tokens_asked, evictions
     cdef cppclass growth_span "std::span<const ferrum::Growth>":
         growth_span(const Growth*, size_t)
     cdef cppclass Sequence:
@@ -130,13 +135,16 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         int length, blocks
         int32_t shared
     cdef cppclass NativeKvPool "ferrum::KvPool":
-        NativeKvPool(int, int, int)
+        NativeKvPool(int, int, int, cbool) except +raise_current_error
         void grow(growth_span, vector[BlockCopy]&) except +raise_current_error
         void commit() except +raise_current_error
         void rollback() except +raise_current_error
         void hold(int64_t, int, vector[BlockCopy]&) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
+        int adopt(int64_t, token_span) except +raise_current_error
+        CachedPrefixTokens cached_prefix(token_span)
         void release(int64_t) except +raise_current_error
+        void discard(int64_t) except +raise_current_error
         void truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error
         Savepoint save(int64_t) except +raise_current_error
@@ -150,6 +158,8 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         int live_sequences()
         int total_blocks()
         int free_blocks()
+        int cached_blocks()
+        const PrefixStats& prefix_stats()
 
 cdef extern from "core/weights.h" namespace "ferrum" nogil:
     cdef cppclass Weights:
@@ -182,7 +192,7 @@ cdef extern from "core/plan.h" namespace "ferrum" nogil:
         int kv_tokens, max_sequences, prefill_chunk, max_logit_rows
         KvType kv_type
         uint64_t memory_budget, available_memory
-        cbool poison_freed_kv
+        cbool prefix_cache, poison_freed_kv
     cdef cppclass EnginePlan:
         EngineOptions options
         uint64_t weights, weights_extra, kv, scratch
@@ -212,6 +222,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         int candidate_limit()
         void exclude_tokens(vector[int32_t]) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
+        int adopt(int64_t, token_span) except +raise_current_error
         void release(int64_t) except +raise_current_error
         void truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error

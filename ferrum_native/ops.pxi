@@ -457,17 +457,26 @@ cdef class KvPool:
     """The block bookkeeping of an engine, without a backend. `grow` and `hold` return the block copies to make: [(from, to)]."""
 
     cdef unique_ptr[NativeKvPool] native
+    cdef vector[vector[int32_t]] ids  # of the step that is under way
 
-    def __init__(self, blocks, max_sequences, context):
-        self.native.reset(new NativeKvPool(blocks, max_sequences, context))
+    def __init__(self, blocks, max_sequences, context, prefix_cache=True):
+        self.native.reset(new NativeKvPool(blocks, max_sequences, context, prefix_cache))
         self.native.get().track_freed()
 
     def grow(self, step):
-        """One step: [(sequence, tokens)]; ends with `commit` or `rollback`."""
+        """One step: [(sequence, tokens)], a list of ids or how many unknown ones; ends with `commit` or `rollback`."""
         cdef vector[Growth] growths
         cdef Growth growth
         cdef vector[BlockCopy] copies
-        for growth.sequence, growth.tokens in step:
+        cdef size_t i
+        self.ids.assign(len(step), vector[int32_t]())
+        for i, (sequence, tokens) in enumerate(step):
+            growth.sequence = sequence
+            if isinstance(tokens, int):
+                growth.tokens, growth.ids = tokens, <const int32_t*>NULL
+            else:
+                fill_tokens(tokens, self.ids[i])
+                growth.tokens, growth.ids = self.ids[i].size(), self.ids[i].data()
             growths.push_back(growth)
         self.native.get().grow(growth_span(growths.data(), growths.size()), copies)
         return block_copies(copies)
@@ -487,8 +496,23 @@ cdef class KvPool:
     def fork(self, source, target):
         self.native.get().fork(source, target)
 
+    def adopt(self, sequence, tokens):
+        cdef vector[int32_t] ids
+        fill_tokens(tokens, ids)
+        return self.native.get().adopt(sequence, span(ids.data(), ids.size()))
+
+    def cached_prefix(self, tokens):
+        """(tokens, blocks in use) that `adopt` would find."""
+        cdef vector[int32_t] ids
+        fill_tokens(tokens, ids)
+        found = self.native.get().cached_prefix(span(ids.data(), ids.size()))
+        return found.tokens, found.blocks_in_use
+
     def release(self, sequence):
         self.native.get().release(sequence)
+
+    def discard(self, sequence):
+        self.native.get().discard(sequence)
 
     def truncate(self, sequence, length):
         self.native.get().truncate(sequence, length)
@@ -524,7 +548,7 @@ cdef class KvPool:
         return [self.native.get().references(block) for block in range(self.native.get().total_blocks())]
 
     def take_freed(self):
-        """Blocks that became free since the last call."""
+        """Blocks whose content was dropped since the last call."""
         return list(self.native.get().take_freed())
 
     @property
@@ -538,3 +562,13 @@ cdef class KvPool:
     @property
     def free_blocks(self):
         return self.native.get().free_blocks()
+
+    @property
+    def cached_blocks(self):
+        return self.native.get().cached_blocks()
+
+    @property
+    def prefix_stats(self):
+        """(hits, tokens, tokens asked, evictions)"""
+        stats = &self.native.get().prefix_stats()
+        return stats.hits, stats.tokens, stats.tokens_asked, stats.evictions

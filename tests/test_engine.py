@@ -308,8 +308,8 @@ def test_stats_count_steps_tokens_and_rows(engine):
         "steps": 5, "tokens": 75, "logit_rows": 5, "failed_steps": 0, "live_sequences": 2}
 
 
-HISTORY = st.lists(st.tuples(st.sampled_from(["prefill", "decode", "decode", "batch", "fork", "release", "reserve", "truncate"]), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40),
-                             st.integers(0, 400)), min_size=1, max_size=25)
+HISTORY = st.lists(st.tuples(st.sampled_from(["prefill", "decode", "decode", "batch", "fork", "release", "reserve", "truncate", "adopt"]), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40),
+                             st.one_of(st.integers(0, 2), st.integers(0, 400))), min_size=1, max_size=25)
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +361,14 @@ def test_any_history_gives_each_sequence_its_own_logits(poisoned, history):
                 del texts[sequence][1 + seed % len(texts[sequence]):]
             elif action == "reserve" and sequence in texts:
                 shared.reserve(sequence, count)
+            elif action == "adopt" and sequence not in texts:
+                tokens = texts.get(other, tokens) + random_token_ids(SMALL, 20, seed)
+                length = shared.adopt(sequence, tokens)
+                if length:
+                    texts[sequence] = tokens[:length]
+                row = shared.prefill(sequence, tokens[length:])
+                texts[sequence] = tokens
+                check(sequence, row)
         except (KVPoolExhausted, ContextFull):
             pass
         except UnknownSequence:
@@ -369,6 +377,87 @@ def test_any_history_gives_each_sequence_its_own_logits(poisoned, history):
             assert action == "fork" and other in texts
         assert {live: shared.length(live) for live in texts} == {live: len(text) for live, text in texts.items()}
         assert shared.stats()["live_sequences"] == len(texts)
+
+
+# What is found again
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+def test_a_text_that_adopts_its_beginning_has_the_same_bits(model, kv_type, activations):
+    tokens = random_token_ids(SMALL, 150)
+    expected = rows_alone(model(), [tokens], kv_type=kv_type, activations=activations)[0]
+    for chunk in (7, 32, 200):
+        with Engine(model(), threads=1, kv_tokens=512, prefill_chunk=chunk, max_logit_rows=200, kv_type=kv_type, activations=activations) as engine:
+            engine.prefill(0, tokens)
+            engine.release(0)
+            for beginning in (150, 140, 33, 16):
+                length = engine.adopt(1, tokens[:beginning])
+                assert length == beginning // 16 * 16 == engine.length(1)
+                assert bits(engine.prefill(1, tokens[length:], "all")) == bits(expected[length:])
+                engine.release(1)
+
+
+def test_a_generated_text_is_found_as_well(model, engine):
+    (tokens,) = prompts(10)
+    engine.prefill(0, tokens)
+    for token in range(30):
+        engine.decode(0, token)
+    text = [*tokens, *range(30)]
+    assert engine.cached_prefix(text) == (32, 2)
+    engine.release(0)
+    assert engine.cached_prefix(text) == (32, 0)
+    assert engine.adopt(0, text) == 32
+    (expected,) = rows_alone(model(), [text])
+    assert bits(engine.prefill(0, text[32:], "all")) == bits(expected[32:])
+
+
+def test_counts_say_what_was_found(engine):
+    a, b = prompts(70, 40)
+    engine.prefill(0, a)
+    engine.prefill(1, b)
+    engine.release(1)
+    assert engine.kv_blocks_free == 16 - 5
+    assert (engine.adopt(2, a[:40]), engine.adopt(3, b), engine.adopt(4, [1] * 20)) == (32, 32, 0)
+    with pytest.raises(UnknownSequence):
+        engine.length(4)
+    stats = engine.stats()
+    assert (stats["prefix_hits"], stats["prefix_tokens"], stats["prefix_tokens_asked"]) == (2, 64, 100)
+    assert (stats["kv_blocks_free"], stats["kv_blocks_cached"], stats["prefix_evictions"]) == (16 - 5 - 2, 0, 0)
+    with pytest.raises(ValueError, match="sequence 2 is live already and cannot take a cached beginning"):
+        engine.adopt(2, a)
+    for sequence in (0, 2, 3):
+        engine.release(sequence)
+    assert all_free(engine) and engine.stats()["kv_blocks_cached"] == 6
+    engine.prefill(0, random_token_ids(SMALL, 256, seed=5))
+    assert engine.stats()["prefix_evictions"] == 6 and engine.cached_prefix(a) == (0, 0)
+
+
+def test_adopting_needs_a_place_among_the_sequences(engine):
+    (tokens,) = prompts(20)
+    for sequence in range(4):
+        engine.prefill(sequence, tokens)
+    with pytest.raises(KVPoolExhausted, match="max_sequences=4"):
+        engine.adopt(4, tokens)
+    assert engine.stats()["prefix_hits"] == 0
+
+
+def test_reset_and_warm_up_leave_nothing_cached(engine):
+    tokens = prompts(40)[0]
+    engine.prefill(0, tokens)
+    engine.reset()
+    assert engine.cached_prefix(tokens) == (0, 0) and engine.stats()["kv_blocks_cached"] == 0
+    engine.prefill(0, tokens)
+    engine.release(0)
+    before = engine.stats()
+    engine.warm_up()
+    assert engine.stats() == before and engine.cached_prefix(tokens) == (32, 0)
+
+
+def test_an_engine_without_the_prefix_cache_finds_nothing(model):
+    with Engine(model(), threads=1, kv_tokens=64, prefix_cache=False) as engine:
+        engine.prefill(0, [1] * 40)
+        assert engine.adopt(1, [1] * 40) == 0 and engine.cached_prefix([1] * 40) == (0, 0)
+        assert engine.options["prefix_cache"] is False
 
 
 # Logits
@@ -641,6 +730,7 @@ def test_a_prefill_is_cancelled_from_another_thread(slow_prompt, sequence):
     finally:
         done.set()
         thread.join()
+    assert engine.cached_prefix([1] * 30000) == (0, 0)
     check_as_before(engine)
 
 
@@ -775,7 +865,7 @@ def test_plan_is_what_the_engine_takes(model):
     given = {"threads": 1, "kv_tokens": 100, "max_sequences": 3, "prefill_chunk": 24, "max_logit_rows": 5}
     planned = plan(altered(model()), **given)  # nothing is opened
     with Engine(model(), **given) as engine:
-        assert planned["options"] == engine.options == {**given, "device": "auto", "kv_tokens": 112, "kv_type": "f16", "activations": "int8", "memory_budget": None, "profile": False}
+        assert planned["options"] == engine.options == {**given, "device": "auto", "kv_tokens": 112, "kv_type": "f16", "activations": "int8", "memory_budget": None, "profile": False, "prefix_cache": True}
         assert planned["kv_bytes_per_token"] == engine.kv_bytes_per_token
         assert planned["kv_bytes"] == engine.kv_bytes_per_token * 112
         assert planned["weights_bytes"] == sum(tensor.nbytes for tensor in model().tensors.values())

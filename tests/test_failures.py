@@ -85,6 +85,17 @@ def test_every_call_may_fail_once_and_the_next_request_succeeds(model, clean, pr
     assert met > 100  # seven steps of two layers
 
 
+@pytest.mark.parametrize("fail_at", [0, 20, 100, 150])
+def test_a_prompt_that_failed_is_not_found_again(model, fail_at):
+    prompt = PROMPT * 4
+    with Engine(model, fail_at=fail_at, **OPTIONS) as engine:
+        with pytest.raises(DeviceError):
+            engine.prefill(1, prompt)
+        assert engine.cached_prefix(prompt) == (0, 0) and engine.stats()["kv_blocks_cached"] == 0
+        engine.prefill(1, prompt)
+        assert engine.cached_prefix(prompt) == (32, 2)
+
+
 def test_candidates_after_a_failed_step_are_refused(model):
     with Engine(model, fail_at=30, **OPTIONS) as engine:
         with pytest.raises(DeviceError):

@@ -29,7 +29,7 @@ def test_model_comes_from_argument_then_environment():
 
 def test_every_option_can_be_set_by_its_environment_variable():
     for name, (field, rule) in settings_of(EngineOptions).items():
-        text = rule.choices[-1] if rule.choices else "1" if rule.kind is bool else "7777777" if rule.unit == "bytes" else "7"
+        text = rule.choices[-1] if rule.choices else "01"[not field.default] if rule.kind is bool else "7777777" if rule.unit == "bytes" else "7"
         options = resolve(None, {}, {variable_name(name): text}).options
         assert getattr(options, name) == (text == "1" if rule.kind is bool else rule.kind(text)) != field.default
 

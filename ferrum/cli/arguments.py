@@ -111,7 +111,8 @@ def add_settings(group: argparse._ArgumentGroup, cls: type, *, without: Collecti
         names = filter(None, (rule.short_flag, flag_name(name, rule)))
         help = _help(rule, field.default, defaults.get(name)).replace("%", "%%")
         if rule.kind is bool:
-            group.add_argument(*names, dest=name, action="store_true", default=None, help=help)
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            group.add_argument(*names, dest=name, action=action, default=None, help=help)
         else:
             action = "append" if _repeated(rule) else "store"
             group.add_argument(*names, dest=name, metavar="|".join(rule.choices) or rule.metavar, action=action, help=help)
@@ -138,7 +139,7 @@ def _repeated(rule: Setting) -> bool:
 
 
 def _help(rule: Setting, default: Any, of_command: str | None = None) -> str:
-    shown = of_command or rule.default_text or ("" if default is MISSING or rule.kind is bool else str(default))
+    shown = of_command or rule.default_text or ("" if default is MISSING or default is False else "on" if default is True else str(default))
     return f"{rule.help} (default: {shown})" if shown else rule.help
 
 

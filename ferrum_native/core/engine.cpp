@@ -16,7 +16,7 @@ Engine::Engine(std::unique_ptr<Model> model, std::unique_ptr<Backend> backend, c
     : plan_(make_plan(*model, *backend, options)),
       backend_(std::move(backend)),
       model_(std::move(model)),
-      pool_(plan_.kv_blocks, plan_.options.max_sequences, shape().context_length) {
+      pool_(plan_.kv_blocks, plan_.options.max_sequences, shape().context_length, plan_.options.prefix_cache) {
   const StepLimits limits = step_limits(plan_, shape());
   model_->load(*backend_, limits);
   kv_ = backend_->make_kv(kv_shape(plan_, shape()));
@@ -109,8 +109,9 @@ void Engine::prefill_chunks(const Chunk& prompt, const std::function<bool()>& sh
 
 void Engine::run(std::span<const Chunk> chunks, int first_logit_row) {
   growth_.clear();
-  for (const Chunk& chunk : chunks) growth_.push_back({chunk.sequence, static_cast<int>(chunk.tokens.size())});
+  for (const Chunk& chunk : chunks) growth_.push_back({chunk.sequence, static_cast<int>(chunk.tokens.size()), chunk.tokens.data()});
   pool_.grow(growth_, copies_);
+  poison_freed();  // cached blocks that were given up: before they are written
   ++logits_version_;
   try {
     build_batch(chunks);
@@ -207,6 +208,11 @@ void Engine::release(int64_t sequence) {
   poison_freed();
 }
 
+void Engine::discard(int64_t sequence) {
+  pool_.discard(sequence);
+  poison_freed();
+}
+
 void Engine::truncate(int64_t sequence, int length) {
   pool_.truncate(sequence, length);
   poison_freed();
@@ -220,6 +226,7 @@ void Engine::reset() {
 void Engine::reserve(int64_t sequence, int tokens) {
   if (tokens < 0) invalid("a negative number of tokens cannot be reserved.");
   pool_.hold(sequence, tokens, copies_);
+  poison_freed();
   try {
     if (!copies_.empty()) {
       backend_->copy_kv_blocks(*kv_, copies_);
@@ -254,10 +261,10 @@ void Engine::warm_up() {
   try {
     step({&decode, 1});
   } catch (...) {
-    release(sequence);
+    discard(sequence);
     throw;
   }
-  release(sequence);
+  discard(sequence);
   logit_rows_ = 0;
   stats_ = before;
   if (profile) *profile = profile_before;

@@ -51,12 +51,14 @@ class Engine {
   void exclude_tokens(std::vector<int32_t> ids);
 
   void fork(int64_t source, int64_t target) { pool_.fork(source, target); }
+  /// Starts a sequence with the longest cached beginning of `tokens`, whole blocks, and returns its length: of 0 it is not started.
+  int adopt(int64_t sequence, std::span<const int32_t> tokens) { return pool_.adopt(sequence, tokens); }
   void release(int64_t sequence);
   /// Drops the tokens after the first `length`; the next ones are written behind them.
   void truncate(int64_t sequence, int length);
   void reset();
   void reserve(int64_t sequence, int tokens);
-  /// Runs the shapes that will be used, and gives every block back; counts nowhere.
+  /// Runs the shapes that will be used, and gives every block back, with nothing cached; counts nowhere.
   void warm_up();
 
   const ModelShape& shape() const { return model_->shape(); }
@@ -80,6 +82,7 @@ class Engine {
   void run(std::span<const Chunk> chunks, int first_logit_row);
   void build_batch(std::span<const Chunk> chunks);
   void append_to_batch(const Chunk& chunk, const Sequence& sequence);
+  void discard(int64_t sequence);
   void poison_freed();
 
   EnginePlan plan_;

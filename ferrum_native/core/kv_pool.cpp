@@ -6,8 +6,8 @@
 
 namespace ferrum {
 
-KvPool::KvPool(int blocks, int max_sequences, int context_length)
-    : max_sequences_(max_sequences), context_length_(context_length), references_(static_cast<size_t>(blocks), 0) {
+KvPool::KvPool(int blocks, int max_sequences, int context_length, bool prefix_cache)
+    : max_sequences_(max_sequences), context_length_(context_length), caches_(prefix_cache), cache_(blocks), references_(static_cast<size_t>(blocks), 0) {
   for (int32_t block = blocks; block-- > 0;) free_.push_back(block);
   undo_.reserve(static_cast<size_t>(max_sequences));
 }
@@ -35,14 +35,29 @@ void KvPool::check_room(const Growth& subject, int need, int starting) const {
 }
 
 int32_t KvPool::take_block() {
-  int32_t block = free_.back();
-  free_.pop_back();
+  int32_t block;
+  if (free_.empty()) {
+    block = cache_.evict();
+    ++prefix_stats_.evictions;
+    if (track_freed_) freed_.push_back(block);
+  } else {
+    block = free_.back();
+    free_.pop_back();
+  }
   references_[static_cast<size_t>(block)] = 1;
   return block;
 }
 
 void KvPool::drop_block(int32_t block) {
   if (--references_[static_cast<size_t>(block)] > 0) return;
+  if (cache_.registered(block))
+    cache_.retire(block);
+  else
+    free_block(block);
+}
+
+void KvPool::free_block(int32_t block) {
+  cache_.forget(block);
   free_.push_back(block);
   if (track_freed_) freed_.push_back(block);
 }
@@ -82,28 +97,46 @@ void KvPool::grow(std::span<const Growth> step, std::vector<BlockCopy>& copies) 
 void KvPool::grow_one(const Growth& growth, std::vector<BlockCopy>& copies) {
   auto [entry, started] = sequences_.try_emplace(growth.sequence);
   Sequence& sequence = entry->second;
-  Undo& undo = undo_.emplace_back(Undo{growth.sequence, growth.tokens, started, sequence.blocks.size()});
+  Undo& undo = undo_.emplace_back(Undo{growth, started, sequence.blocks.size()});
+  const auto first = static_cast<size_t>(first_written(sequence));
   if (must_copy(sequence)) {
     undo.replaced = first_written(sequence);
     int32_t& block = sequence.blocks[static_cast<size_t>(undo.replaced)];
     undo.original = block;
     block = take_block();
+    cache_.copy_tokens(undo.original, block);
     copies.push_back({undo.original, block});
+  } else if (first < sequence.blocks.size()) {
+    cache_.forget(sequence.blocks[first]);
   }
   append_blocks(sequence, std::max(sequence.blocks.size(), static_cast<size_t>(blocks_for(sequence.length + growth.tokens))));
 }
 
 void KvPool::commit() {
   for (const Undo& undo : undo_) {
-    sequences_.at(undo.sequence).length += undo.tokens;
+    Sequence& sequence = sequences_.at(undo.growth.sequence);
+    if (caches_) note_tokens(sequence, undo.growth);
+    sequence.length += undo.growth.tokens;
     if (undo.replaced >= 0) drop_block(undo.original);
   }
   undo_.clear();
 }
 
+void KvPool::note_tokens(const Sequence& sequence, const Growth& growth) {
+  for (int i = 0; i < growth.tokens; ++i) {
+    const int position = sequence.length + i, offset = position % kv_block_tokens;
+    const auto index = static_cast<size_t>(position / kv_block_tokens);
+    const int32_t block = sequence.blocks[index];
+    cache_.note_token(block, offset, growth.ids ? growth.ids[i] : -1);
+    if (offset + 1 < kv_block_tokens) continue;
+    const PrefixId before = index > 0 ? cache_.prefix(sequence.blocks[index - 1]) : 0;
+    if (index == 0 || before != 0) cache_.complete(block, before);
+  }
+}
+
 void KvPool::rollback() {
   for (const Undo& undo : undo_) {
-    Sequence& sequence = sequences_.at(undo.sequence);
+    Sequence& sequence = sequences_.at(undo.growth.sequence);
     while (sequence.blocks.size() > undo.blocks) {
       drop_block(sequence.blocks.back());
       sequence.blocks.pop_back();
@@ -112,7 +145,7 @@ void KvPool::rollback() {
       drop_block(sequence.blocks[static_cast<size_t>(undo.replaced)]);
       sequence.blocks[static_cast<size_t>(undo.replaced)] = undo.original;
     }
-    if (undo.started) sequences_.erase(undo.sequence);
+    if (undo.started) sequences_.erase(undo.growth.sequence);
   }
   undo_.clear();
 }
@@ -120,7 +153,7 @@ void KvPool::rollback() {
 void KvPool::hold(int64_t id, int tokens, std::vector<BlockCopy>& copies) {
   const Growth growth[] = {{id, tokens}};
   grow(growth, copies);
-  undo_.front().tokens = 0;
+  undo_.front().growth.tokens = 0;
 }
 
 void KvPool::fork(int64_t source, int64_t target) {
@@ -133,14 +166,59 @@ void KvPool::fork(int64_t source, int64_t target) {
   for (int32_t block : to.blocks) ++references_[static_cast<size_t>(block)];
 }
 
+/// Calls visit(block) for each block of the longest cached beginning, and returns how many there are.
+template <class Visit>
+int KvPool::walk_cached(std::span<const int32_t> tokens, Visit visit) const {
+  PrefixId before = 0;
+  int blocks = 0;
+  for (; tokens.size() >= kv_block_tokens; tokens = tokens.subspan(kv_block_tokens), ++blocks) {
+    const int32_t block = cache_.find(before, tokens.data());
+    if (block == invalid_block) break;
+    visit(block);
+    before = cache_.prefix(block);
+  }
+  return blocks;
+}
+
+CachedPrefix KvPool::cached_prefix(std::span<const int32_t> tokens) const {
+  CachedPrefix found;
+  found.tokens = kv_block_tokens * walk_cached(tokens, [&](int32_t block) { found.blocks_in_use += references(block) > 0; });
+  return found;
+}
+
+int KvPool::adopt(int64_t id, std::span<const int32_t> tokens) {
+  if (live(id))
+    throw Error(ErrorKind::InvalidArgument, "sequence " + std::to_string(id) + " is live already and cannot take a cached beginning. Release it first or choose another number.");
+  Sequence sequence;
+  sequence.length = kv_block_tokens * walk_cached(tokens, [&](int32_t block) { sequence.blocks.push_back(block); });
+  const int length = sequence.length;
+  if (length > 0) {
+    check_room({id, 0}, 0, 1);
+    for (int32_t block : sequences_.emplace(id, std::move(sequence)).first->second.blocks)
+      if (references_[static_cast<size_t>(block)]++ == 0) cache_.revive(block);
+    ++prefix_stats_.hits;
+  }
+  prefix_stats_.tokens += length;
+  prefix_stats_.tokens_asked += static_cast<int64_t>(tokens.size());
+  return length;
+}
+
 void KvPool::release(int64_t id) {
   at(id);
   auto entry = sequences_.extract(id);
-  for (int32_t block : entry.mapped().blocks) drop_block(block);
+  std::vector<int32_t>& blocks = entry.mapped().blocks;
+  for (; !blocks.empty(); blocks.pop_back()) drop_block(blocks.back());  // the beginning is the last to be given up
+}
+
+void KvPool::discard(int64_t id) {
+  for (int32_t block : at(id).blocks)
+    if (references(block) == 1) cache_.forget(block);
+  release(id);
 }
 
 void KvPool::reset() {
   while (!sequences_.empty()) release(sequences_.begin()->first);
+  while (cache_.unused() > 0) free_block(cache_.evict());
 }
 
 void KvPool::truncate(int64_t id, int length) {
@@ -176,8 +254,13 @@ Savepoint KvPool::save(int64_t id) {
 }
 
 void KvPool::restore(const Savepoint& savepoint) {
-  if (!savepoint.live && live(savepoint.sequence)) release(savepoint.sequence);
-  if (savepoint.live) shorten(sequences_.at(savepoint.sequence), savepoint.length, savepoint.blocks);
+  if (!savepoint.live && live(savepoint.sequence)) discard(savepoint.sequence);
+  if (savepoint.live) {
+    Sequence& sequence = sequences_.at(savepoint.sequence);
+    for (auto i = static_cast<size_t>(savepoint.length / kv_block_tokens); i < sequence.blocks.size(); ++i)
+      if (sequence.blocks[i] != savepoint.shared) cache_.forget(sequence.blocks[i]);
+    shorten(sequence, savepoint.length, savepoint.blocks);
+  }
   if (savepoint.shared == invalid_block) return;
   int32_t& block = sequences_.at(savepoint.sequence).blocks[static_cast<size_t>(savepoint.length / kv_block_tokens)];
   drop_block(std::exchange(block, savepoint.shared));

@@ -15,7 +15,8 @@ struct EngineOptions {
   int max_logit_rows = 0;         // rows of one call's logits; 0: max(max_sequences, 16)
   uint64_t memory_budget = 0;     // bytes that the whole plan must fit; 0: none
   uint64_t available_memory = 0;  // bytes that the system would give, which bound a kv_tokens of 0; 0: unknown
-  bool poison_freed_kv = false;   // tests: blocks that become free are filled with NaN
+  bool prefix_cache = true;       // whole blocks are found again by their tokens
+  bool poison_freed_kv = false;   // tests: blocks whose content is dropped are filled with NaN
 };
 
 /// Options as they take effect, and bytes.
