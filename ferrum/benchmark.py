@@ -197,7 +197,7 @@ def _with_room(resolved: Resolved, params: BenchParams) -> Resolved:
 
 
 def _arguments(resolved: Resolved, *, profile: bool) -> dict[str, Any]:
-    return replace(resolved.options, profile=profile).arguments()
+    return replace(resolved.options, profile=profile, prefix_cache=False).arguments()  # every round computes its prompts
 
 
 def _single_runs(llm: LLM, params: BenchParams, prompts: list[list[int]], tell: Progress) -> list[list[int]]:

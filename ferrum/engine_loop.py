@@ -504,6 +504,15 @@ class _EnginePool:
     def new_id(self) -> int:
         return next(self._ids)
 
+    def adopt(self, id: int, tokens: list[int]) -> int:
+        try:
+            return self._engine.adopt(id, tokens)
+        except KVPoolExhausted:  # no place among the engine's sequences
+            return 0
+
+    def cached_prefix(self, tokens: list[int]) -> tuple[int, int]:
+        return self._engine.cached_prefix(tokens)
+
     def fork(self, source: int, target: int) -> None:
         self._engine.fork(source, target)
 
@@ -511,6 +520,7 @@ class _EnginePool:
         with suppress(UnknownSequence, EngineClosed):
             self._engine.release(sequence)
 
-    def truncate(self, sequence: int, length: int) -> None:
+    def truncate(self, sequence: int, length: int) -> bool:
         with suppress(UnknownSequence, EngineClosed):
-            self._engine.truncate(sequence, length)
+            return self._engine.truncate(sequence, length)
+        return False

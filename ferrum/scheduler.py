@@ -5,6 +5,8 @@ Sequences stand in order of priority (lower first), then of turn, then of arriva
 overtakes, so nobody starves. Where a running sequence finds no free block, the last one in order that runs is put back
 whole: its blocks are released, and its tokens, prompt and text so far, are computed anew when its turn comes. The
 first in order can always go on, so every sequence ends.
+
+A sequence starts with what the KV cache has of its tokens. Where a running one is about to compute the next of them, it waits for that.
 """
 
 from __future__ import annotations
@@ -22,9 +24,14 @@ class Pool(Protocol):
     @property
     def kv_blocks_free(self) -> int: ...
     def new_id(self) -> int: ...
+    def adopt(self, id: int, tokens: list[int]) -> int:
+        """Start `id` with the longest cached beginning of `tokens`, whole blocks; its tokens, where 0 is none and nothing started."""
+    def cached_prefix(self, tokens: list[int]) -> tuple[int, int]:
+        """Tokens that `adopt` would find, and how many of their blocks others hold, so that they cost no free one."""
     def fork(self, source: int, target: int) -> None: ...
     def release(self, sequence: int) -> None: ...
-    def truncate(self, sequence: int, length: int) -> None: ...
+    def truncate(self, sequence: int, length: int) -> bool:
+        """Drop the tokens behind the first `length`; True if others hold the last block, so that the next write takes one block more."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,12 @@ class Sequence:
 
     The first `computed` of `tokens` are in the KV cache, and all but the last `excess` shall be. Logits are wanted of
     positions from `wanted_from` on. A sequence that is not `active` keeps its place and its blocks until others need
-    them. `source`: a sequence whose tokens this one begins with, to be forked from.
+    them. `source`: a sequence whose tokens this one begins with, to be forked from. `cached`: how many tokens were in the KV
+    cache when it first got its place, or was given other tokens; None before.
     """
 
     __slots__ = ("tokens", "excess", "computed", "wanted_from", "active", "priority", "turn", "arrival", "engine_id", "queues", "source", "forks",
-                 "shared_tail", "owner")
+                 "shared_tail", "cached", "owner")
 
     def __init__(self, tokens: list[int], wanted_from: int, *, owner: Any = None, priority: int = 0, excess: int = 0,
                  source: Sequence | None = None):
@@ -67,7 +75,8 @@ class Sequence:
         self.queues = False  # it holds KV blocks of a text before, and goes on once nobody waits who came before it
         self.source = source
         self.forks = 0  # waiting sequences whose source this is
-        self.shared_tail = False  # its last block may be shared with a fork: the next write may need one block more
+        self.shared_tail = False  # its last block may be shared with another: the next write may need one block more
+        self.cached: int | None = None
         self.owner = owner
 
     @property
@@ -151,14 +160,15 @@ class Scheduler:
             if length == 0:
                 self._release(sequence)
             elif length < sequence.computed:
-                self._pool.truncate(sequence.engine_id, length)
+                sequence.shared_tail = self._pool.truncate(sequence.engine_id, length)
         sequence.tokens = tokens
+        sequence.cached = None
         if sequence.engine_id is None:
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
             self.add(sequence)
             return
-        sequence.computed = min(length, sequence.computed)
+        sequence.computed = sequence.cached = min(length, sequence.computed)
         self._running.remove(sequence)
         sequence.arrival = next(self._arrivals)
         sequence.queues = True
@@ -211,6 +221,8 @@ class Scheduler:
         take_over = source is not None and source.forks == 1
         if self._any_runs() and not self._fits(sequence, beside_idle=False):
             return False  # whoever is idle keeps what would not be enough
+        if source is None and self._comes_soon(sequence):
+            return False
         while len(self._running) >= self._limits.max_sequences and (idle := self._idle(but=source)):
             self._put_back(idle)
         if len(self._running) >= self._limits.max_sequences and not take_over:
@@ -232,11 +244,15 @@ class Scheduler:
         return True
 
     def _start(self, sequence: Sequence, *, take_over: bool) -> None:
-        """Give a sequence its place in the engine: an empty one, a fork of its source's, or the source's own."""
+        """Give a sequence its place in the engine: one with what is cached of it, a fork of its source's, or the source's own."""
         self.turn = max(self.turn, sequence.turn)
         source = sequence.source
         if source is None:
             sequence.engine_id = self._pool.new_id()
+            if beginning := self._adoptable(sequence):
+                sequence.computed = self._pool.adopt(sequence.engine_id, beginning)
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
         elif take_over:
             sequence.engine_id, sequence.computed, sequence.shared_tail = source.engine_id, source.computed, source.shared_tail
             self._running.remove(source)
@@ -282,14 +298,35 @@ class Scheduler:
     def _fits(self, sequence: Sequence, *, beside_idle: bool = True) -> bool:
         """Whether a new sequence's tokens fit beside what the running ones still need: their prompts, and a block each to grow.
 
-        Without those who are idle it is whether they might: the blocks that they share are counted as if they were their own.
+        Without those who are idle it is whether they might: the blocks that they share are counted as if they were their own. What others
+        hold of its beginning costs nothing, unless it may be theirs.
         """
         size = self._limits.block_tokens
         start = sequence.source.computed if sequence.source is not None else 0
         need = -(-sequence.goal // size) - -(-start // size) + (start % size != 0)
         planned = sum(self._blocks(other, other.pending) + 1 for other in self._running if other.runs)
         idle = 0 if beside_idle else sum(-(-other.computed // size) for other in self._running if not other.runs and other is not sequence.source)
-        return need + planned <= self._pool.kv_blocks_free + idle
+        free = self._pool.kv_blocks_free + idle - planned
+        if need <= free or free < 1 or sequence.source is not None:  # the last block is never shared: its tokens are computed
+            return need <= free
+        shared = self._pool.cached_prefix(self._adoptable(sequence))[1]
+        return need - max(0, shared - idle) <= free
+
+    def _adoptable(self, sequence: Sequence) -> list[int]:
+        """The tokens that need not be computed if they are cached: those before the first row wanted, and not the last."""
+        end = min(sequence.wanted_from, sequence.goal - 1)
+        return sequence.tokens[: end - end % self._limits.block_tokens]
+
+    def _comes_soon(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute the block that a waiting one would adopt next."""
+        size = self._limits.block_tokens
+        beginning = self._adoptable(sequence)
+        alike = [other for other in self._running
+                 if other.runs and other.computed < min(len(beginning), other.goal) and other.tokens[:size] == beginning[:size]]
+        if not alike:
+            return False
+        end = self._pool.cached_prefix(beginning)[0] + size
+        return end <= len(beginning) and any(other.computed < end <= other.goal and other.tokens[:end] == beginning[:end] for other in alike)
 
     def _any_runs(self) -> bool:
         return any(sequence.runs for sequence in self._running)

@@ -186,9 +186,10 @@ class Engine:
     def cached_prefix(self, tokens: Sequence[int]) -> CachedPrefix:
         """What `adopt` would find now. Changes nothing, not even which blocks are given up first."""
     def release(self, sequence: int) -> None: ...
-    def truncate(self, sequence: int, length: int) -> None:
+    def truncate(self, sequence: int, length: int) -> bool:
         """Drop the tokens of a live sequence after the first `length` (from 1 to what it has); blocks that it no longer needs, and room that
-        `reserve` held, go back to the pool. Forks keep what they have."""
+        `reserve` held, go back to the pool. Forks keep what they have. True: others hold the last block as well, so that the next token takes
+        a block more than its own."""
     def reset(self) -> None:
         """End every sequence and forget what is cached."""
     def reserve(self, sequence: int, tokens: int) -> None:

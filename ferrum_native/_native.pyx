@@ -667,11 +667,11 @@ cdef class Engine:
             self.open().release(id)
 
     def truncate(self, sequence, length):
-        """Drop the tokens of a live sequence after the first `length`."""
+        """Drop the tokens of a live sequence after the first `length`; whether its last block is shared."""
         cdef int64_t id = sequence_id(sequence)
         cdef int count = max(-1, min(operator.index(length), 0x7fffffff))
         with self.lock:
-            self.open().truncate(id, count)
+            return self.open().truncate(id, count)
 
     def reset(self):
         """End every sequence and forget what is cached."""

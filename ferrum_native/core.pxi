@@ -145,7 +145,7 @@ cdef extern from "core/kv_pool.h" namespace "ferrum" nogil:
         CachedPrefixTokens cached_prefix(token_span)
         void release(int64_t) except +raise_current_error
         void discard(int64_t) except +raise_current_error
-        void truncate(int64_t, int) except +raise_current_error
+        cbool truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error
         Savepoint save(int64_t) except +raise_current_error
         void restore(const Savepoint&) except +raise_current_error
@@ -224,7 +224,7 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         void fork(int64_t, int64_t) except +raise_current_error
         int adopt(int64_t, token_span) except +raise_current_error
         void release(int64_t) except +raise_current_error
-        void truncate(int64_t, int) except +raise_current_error
+        cbool truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error
         void reserve(int64_t, int) except +raise_current_error
         void warm_up() except +raise_current_error

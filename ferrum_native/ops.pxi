@@ -515,7 +515,7 @@ cdef class KvPool:
         self.native.get().discard(sequence)
 
     def truncate(self, sequence, length):
-        self.native.get().truncate(sequence, length)
+        return self.native.get().truncate(sequence, length)
 
     def reset(self):
         self.native.get().reset()

@@ -33,6 +33,13 @@ def llm():
 
 
 @pytest.fixture(scope="module")
+def forgetful():
+    """As `llm`, without a prefix cache: what a text computes does not depend on those before it."""
+    with LLM(threads=1, kv_tokens=8192, prefix_cache=False) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
 def tight():
     """With room for one long text, or a few short ones."""
     with LLM(**TIGHT) as llm:
@@ -43,7 +50,7 @@ def tight():
 def nothing_left(request):
     """After each test that uses them, the shared engines hold nothing."""
     yield
-    for name in {"llm", "tight"} & set(request.fixturenames):
+    for name in {"llm", "tight", "forgetful"} & set(request.fixturenames):
         assert_empty(request.getfixturevalue(name))
 
 
@@ -203,7 +210,8 @@ def test_scores_are_the_log_softmax_of_the_full_rows(llm, tight):
         assert llm.score(prompt, continuations) == scores
 
 
-def test_a_prompt_is_read_once_for_all_its_scores(llm):
+def test_a_prompt_is_read_once_for_all_its_scores(forgetful):
+    llm = forgetful
     ids = llm.tokenize(STORY)
     before = llm.engine.stats()["tokens"]
     llm.score(ids[:40], [ids[40:44], ids[50:52], ids[:1]])
@@ -293,7 +301,8 @@ def without_session(llm, sizes, **more):
     return turns(llm, Alone(), sizes, **more)[0]
 
 
-def test_a_session_computes_only_what_is_new(llm):
+def test_a_session_computes_only_what_is_new(forgetful):
+    llm = forgetful
     sizes = [(20, 8), (5, 10), (1, 3), (30, 1), (2, 12)]
     with llm.session() as session:
         told, computed = turns(llm, session, sizes)
@@ -322,7 +331,8 @@ def test_a_session_whose_memory_was_taken_gives_the_same_texts(llm, tight):
     assert told == expected
 
 
-def test_a_session_that_diverges_goes_on_from_where_the_tokens_are_the_same(llm):
+def test_a_session_that_diverges_goes_on_from_where_the_tokens_are_the_same(forgetful):
+    llm = forgetful
     ids = llm.tokenize(STORY)
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     with llm.session() as session:

@@ -160,13 +160,15 @@ class Memory:
     def truncate(self, sequence, length):
         before = self.state()
         try:
-            self.pool.truncate(sequence, length)
+            shared = self.pool.truncate(sequence, length)
         except (UnknownSequence, ValueError) as error:
             assert self.state() == before
             assert isinstance(error, UnknownSequence) if sequence not in self.tokens else not 0 < length <= len(self.tokens[sequence])
             return
         del self.tokens[sequence][length:]
-        assert len(self.pool.sequence(sequence)[1]) == blocks_for(length)
+        table = self.pool.sequence(sequence)[1]
+        assert len(table) == blocks_for(length)
+        assert shared == (length % BLOCK != 0 and self.pool.references()[table[-1]] > 1)
 
     def prefill(self, sequence, chunks, fail_at, stream=0):
         """As the engine does it: room for the whole prompt, then steps; one that fails takes the sequence back to where it was."""
@@ -479,17 +481,23 @@ def test_a_block_written_again_is_not_found_as_it_was():
     memory = Memory(16, 8, 200)
     hold_text(memory, 0, TEXT[:32])
     memory.truncate(0, 20)
-    assert memory.pool.cached_prefix(TEXT) == (32, 2)
+    assert memory.pool.cached_prefix(TEXT) == (16, 1)
     memory.step([(0, 1)])
     assert memory.pool.cached_prefix(TEXT) == (16, 1)
     memory.check()
 
 
-def test_a_block_adopted_before_it_is_written_again_is_copied():
+@pytest.mark.parametrize("adopter_ends", [False, True])
+def test_a_block_adopted_before_it_is_cut_is_kept_for_others(adopter_ends):
     memory = Memory(16, 8, 200)
     hold_text(memory, 0, TEXT[:32])
-    memory.truncate(0, 20)
     assert memory.adopt(1, TEXT) == 32
+    memory.truncate(0, 20)
+    if adopter_ends:
+        memory.release(1)
+        memory.step([(0, 20)])
+        assert memory.pool.cached_prefix(TEXT) == (16, 1)
+        return
     memory.step([(0, 20)])
     memory.check()
     assert memory.pool.cached_prefix(TEXT) == (32, 2)

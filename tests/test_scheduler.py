@@ -26,7 +26,8 @@ def next_token(tokens):
 
 
 class BlockPool:
-    """The KV pool of an engine, with reference counts and copy on write; a step writes tokens, all of its chunks or none."""
+    """The KV pool of an engine, with reference counts, copy on write and whole blocks that are found again by their text; a step writes tokens,
+    all of its chunks or none."""
 
     def __init__(self, blocks, max_sequences):
         self.contents = [[None] * BLOCK for _ in range(blocks)]
@@ -34,6 +35,8 @@ class BlockPool:
         self.tables, self.lengths = {}, {}  # of live sequences
         self.ids, self.promised = 0, set()  # ids that were given, and those of them that no step has used yet
         self.max_sequences = max_sequences
+        self.found, self.texts = {}, [None] * blocks  # text up to the end of a block -> that block, and back
+        self.releases, self.released = 0, [0] * blocks  # when a block was last released
 
     @property
     def kv_blocks_free(self):
@@ -58,8 +61,9 @@ class BlockPool:
             self.promised.remove(sequence)
             return
         self._check_live(sequence)
-        for block in self.tables.pop(sequence):
-            self.references[block] -= 1
+        table = self.tables.pop(sequence)
+        while table:
+            self._drop(table.pop())
         del self.lengths[sequence]
 
     def truncate(self, sequence, length):
@@ -67,8 +71,33 @@ class BlockPool:
         assert 0 < length <= self.lengths[sequence]
         table = self.tables[sequence]
         while len(table) > blocks_for(length):
-            self.references[table.pop()] -= 1
+            self._drop(table.pop())
         self.lengths[sequence] = length
+        shared = length % BLOCK != 0 and self.references[table[-1]] > 1
+        if length % BLOCK and not shared:
+            self._forget(table[-1])
+        return shared
+
+    def _cached(self, tokens):
+        blocks = []
+        while len(tokens) >= (len(blocks) + 1) * BLOCK and (block := self.found.get(tuple(tokens[: (len(blocks) + 1) * BLOCK]))) is not None:
+            blocks.append(block)
+        return blocks
+
+    def cached_prefix(self, tokens):
+        blocks = self._cached(tokens)
+        return len(blocks) * BLOCK, sum(self.references[block] > 0 for block in blocks)
+
+    def adopt(self, sequence, tokens):
+        blocks = self._cached(tokens)
+        if not blocks:
+            return 0
+        assert len(self.tables) < self.max_sequences
+        self.promised.remove(sequence)
+        self.tables[sequence], self.lengths[sequence] = blocks, len(blocks) * BLOCK
+        for block in blocks:
+            self.references[block] += 1
+        return self.lengths[sequence]
 
     def step(self, parts):
         """Append to sequences, given as (sequence, tokens, start)."""
@@ -105,15 +134,31 @@ class BlockPool:
                 table.append(self._take())
             elif self.references[table[-1]] > 1:
                 old, table[-1] = table[-1], self._take()
-                self.references[old] -= 1
                 self.contents[table[-1]] = list(self.contents[old])
+                self._drop(old)
+            else:
+                self._forget(table[-1])
             self.contents[table[-1]][at % BLOCK] = token
             self.lengths[sequence] += 1
+            if self.lengths[sequence] % BLOCK == 0 and (text := tuple(self.read(sequence))) not in self.found:
+                self.found[text], self.texts[table[-1]] = table[-1], text
 
     def _take(self):
-        block = self.references.index(0)
+        free = [block for block, count in enumerate(self.references) if count == 0]
+        block = min(free, key=lambda block: (self.texts[block] is not None, self.released[block]))
+        self._forget(block)
         self.references[block] = 1
         return block
+
+    def _drop(self, block):
+        self.references[block] -= 1
+        self.releases += 1
+        self.released[block] = self.releases
+
+    def _forget(self, block):
+        if self.texts[block] is not None:
+            del self.found[self.texts[block]]
+            self.texts[block] = None
 
     def _check_live(self, sequence):
         if sequence not in self.tables:
@@ -148,6 +193,7 @@ class Callers:
         self.pool = BlockPool(blocks, max_sequences)
         self.scheduler = Scheduler(self.pool, self.limits)
         self.capacity = blocks * BLOCK
+        self.beginnings = [[rng.randrange(3) for _ in range(self.capacity)] for _ in range(3)]  # that prompts have in common
         self.jobs = []  # unfinished
         self.idle = []  # sessions between two turns
         self.steps = 0
@@ -160,6 +206,11 @@ class Callers:
         total = self.rng.choice((self.rng.randint(2, self.capacity), self.rng.randint(2, min(40, self.capacity)), self.capacity))
         given = self.rng.randint(1, total - 1)
         return given, min(total - given, 30)
+
+    def _prompt(self, given):
+        """Tokens that begin as others do, for longer or shorter."""
+        same = self.rng.choice((0, self.rng.randint(0, given), given))
+        return self.rng.choice(self.beginnings)[:same] + [self.rng.randrange(1000) for _ in range(given - same)]
 
     def _start(self, job, *, queue=True):
         sequence = job.sequence
@@ -178,7 +229,7 @@ class Callers:
 
     def add_text(self, priority=0, all_rows=False, keep=False):
         given, limit = self._size()
-        tokens = [self.rng.randrange(1000) for _ in range(given)]
+        tokens = self._prompt(given)
         wanted_from = self.rng.randrange(given) if all_rows else given - 1
         if all_rows and self.rng.random() < 0.5:
             wanted_from = 0
@@ -187,12 +238,12 @@ class Callers:
     def add_group(self, forks):
         """A prompt whose texts are forked from it once it is read."""
         given, limit = self._size()
-        tokens = [self.rng.randrange(1000) for _ in range(given)]
+        tokens = self._prompt(given)
         self._start(Job(Sequence(tokens, self.rng.choice((0, given - 1))), given, limit, forks=forks))
 
     def add_scores(self, parts):
         """Continuations of a prompt whose rows are all wanted but the last."""
-        prompt = [self.rng.randrange(1000) for _ in range(self.rng.randint(2, self.capacity // 2))]
+        prompt = self._prompt(self.rng.randint(2, self.capacity // 2))
         source = Sequence(prompt[:-1], len(prompt))
         self._start(Job(source, len(source.tokens), self.capacity // 2, forks=parts, scored=True))
 
@@ -526,3 +577,128 @@ def test_a_session_that_queues_keeps_its_blocks_from_those_who_came_later():
     scheduler.remove(long)
     assert [chunk.sequence for chunk in scheduler.schedule()] == [earlier]
     assert (session.computed, scheduler.waiting) == (50, (later,))
+
+
+# What is computed once
+
+def alike(count, same, own=5):
+    """Prompts of which the first `same` tokens are the same."""
+    return [Sequence([*range(same), *[1000 + index] * own], same + own - 1) for index in range(count)]
+
+
+def step_once(scheduler, pool):
+    """The sequences of a step that was run."""
+    chunks = scheduler.schedule()
+    pool.step([(part.engine_id, part.tokens[part.computed :][:count], part.computed) for part, count, _ in chunks])
+    scheduler.commit(chunks)
+    return [chunk.sequence for chunk in chunks], sum(chunk.tokens for chunk in chunks)
+
+
+@pytest.mark.parametrize("prefill_chunk", [7, 32, 64, 500])
+def test_prompts_that_begin_alike_compute_their_beginning_once(prefill_chunk):
+    pool = BlockPool(40, 8)
+    scheduler = Scheduler(pool, Limits(8, prefill_chunk, 8))
+    prompts = alike(6, 100)
+    for prompt in prompts:
+        scheduler.add(prompt)
+    computed = 0
+    while any(prompt.pending for prompt in prompts):
+        computed += step_once(scheduler, pool)[1]
+    assert computed == 105 + 5 * (105 - 96)
+    assert [prompt.cached for prompt in prompts] == [0] + [96] * 5
+    assert all(pool.read(prompt.engine_id) == prompt.tokens for prompt in prompts)
+
+
+def test_rows_that_are_wanted_are_computed():
+    pool = BlockPool(40, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    first, all_rows, some_rows = (Sequence(list(range(100)), wanted_from) for wanted_from in (99, 0, 50))
+    for sequence in (first, all_rows, some_rows):
+        scheduler.add(sequence)
+        run_to_end(scheduler, pool, [sequence])
+    assert [sequence.cached for sequence in (first, all_rows, some_rows)] == [0, 0, 48]
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed():
+    pool = BlockPool(40, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    for expected in (0, 48, 48):
+        sequence = Sequence(list(range(64)), 63)
+        scheduler.add(sequence)
+        run_to_end(scheduler, pool, [sequence])
+        assert sequence.cached == expected
+
+
+@pytest.mark.parametrize("stop", ["pause", "remove", "put back"])
+def test_nobody_waits_for_a_beginning_that_does_not_come(stop):
+    pool = BlockPool(20, 8)
+    scheduler = Scheduler(pool, Limits(8, 32, 8))
+    first, second = alike(2, 100)
+    for prompt in (first, second):
+        scheduler.add(prompt)
+    assert step_once(scheduler, pool) == ([first], 32)
+    if stop == "pause":
+        first.active = False
+    elif stop == "remove":
+        scheduler.remove(first)
+    else:
+        scheduler._put_back(first)
+        first.active = False
+    assert step_once(scheduler, pool) == ([second], 32)
+    assert second.cached == 32
+    run_to_end(scheduler, pool, [second])
+    assert pool.read(second.engine_id) == second.tokens
+
+
+def test_nobody_overtakes_one_that_waits_for_its_beginning():
+    pool = BlockPool(40, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    first, second = alike(2, 100)
+    other = Sequence([7] * 20, 19)
+    for prompt in (first, second, other):
+        scheduler.add(prompt)
+    assert step_once(scheduler, pool)[0] == [first]
+    assert step_once(scheduler, pool)[0] == [second, other]
+
+
+def test_texts_that_share_a_beginning_fit_where_each_alone_nearly_fills_the_pool():
+    pool = BlockPool(14, 8)
+    scheduler = Scheduler(pool, Limits(8, 300, 8))
+    prompts = alike(3, 160)
+    for prompt in prompts:
+        prompt.tokens.append(9)
+        prompt.wanted_from = 165
+        scheduler.add(prompt)
+    for prompt in prompts:
+        step_once(scheduler, pool)
+        prompt.append(1)
+    assert scheduler.running == (prompts[0], prompts[1], prompts[2]) and pool.kv_blocks_free == 1
+    assert scheduler.preemptions == 0
+
+
+def test_a_sequence_that_was_put_back_takes_up_what_is_still_there():
+    pool = BlockPool(20, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    text = Sequence(list(range(100)), 99)
+    scheduler.add(text)
+    run_to_end(scheduler, pool, [text])
+    text.append(7)
+    scheduler._put_back(text)
+    assert (text.computed, text.engine_id) == (0, None)
+    assert step_once(scheduler, pool) == ([text], 101 - 96)
+    assert text.cached == 0
+
+
+def test_a_session_that_goes_back_into_a_block_that_others_adopted_has_it_copied():
+    pool = BlockPool(8, 8)
+    scheduler = Scheduler(pool, Limits(8, 200, 8))
+    session, other = Sequence(list(range(64)), 63), Sequence([*range(64), 7], 64)
+    for sequence in (session, other):
+        scheduler.add(sequence)
+        run_to_end(scheduler, pool, [sequence])
+    session.wanted_from = 41
+    scheduler.rewind(session, [*range(40), 5, 6], 40)
+    assert session.shared_tail and session.cached == 40
+    other.append(8)
+    run_to_end(scheduler, pool, [session, other])
+    assert pool.read(session.engine_id) == [*range(40), 5, 6] and pool.read(other.engine_id) == other.tokens

@@ -213,9 +213,10 @@ void Engine::discard(int64_t sequence) {
   poison_freed();
 }
 
-void Engine::truncate(int64_t sequence, int length) {
-  pool_.truncate(sequence, length);
+bool Engine::truncate(int64_t sequence, int length) {
+  const bool shared = pool_.truncate(sequence, length);
   poison_freed();
+  return shared;
 }
 
 void Engine::reset() {

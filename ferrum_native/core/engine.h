@@ -54,8 +54,8 @@ class Engine {
   /// Starts a sequence with the longest cached beginning of `tokens`, whole blocks, and returns its length: of 0 it is not started.
   int adopt(int64_t sequence, std::span<const int32_t> tokens) { return pool_.adopt(sequence, tokens); }
   void release(int64_t sequence);
-  /// Drops the tokens after the first `length`; the next ones are written behind them.
-  void truncate(int64_t sequence, int length);
+  /// Drops the tokens after the first `length`; the next ones are written behind them, and take one block more if it is true.
+  bool truncate(int64_t sequence, int length);
   void reset();
   void reserve(int64_t sequence, int tokens);
   /// Runs the shapes that will be used, and gives every block back, with nothing cached; counts nowhere.

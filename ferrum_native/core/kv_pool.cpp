@@ -221,13 +221,18 @@ void KvPool::reset() {
   while (cache_.unused() > 0) free_block(cache_.evict());
 }
 
-void KvPool::truncate(int64_t id, int length) {
+bool KvPool::truncate(int64_t id, int length) {
   const int current = at(id).length;
   if (length < 1 || length > current)
     throw Error(ErrorKind::InvalidArgument, "sequence " + std::to_string(id) + " has " + std::to_string(current) + " tokens and cannot be cut to " + std::to_string(length) +
                                                 ": the length is from 1 to what it has. To drop all of them, release it.");
   // Every block past the new length goes, held room too: a fork may share it, and only the first block written is looked at for a copy.
-  shorten(sequences_.at(id), length, blocks_for(length));
+  Sequence& sequence = sequences_.at(id);
+  shorten(sequence, length, blocks_for(length));
+  if (length % kv_block_tokens == 0) return false;
+  if (must_copy(sequence)) return true;
+  cache_.forget(sequence.blocks.back());
+  return false;
 }
 
 void KvPool::shorten(Sequence& sequence, int length, int blocks) {

@@ -62,8 +62,9 @@ class KvPool {
   void release(int64_t sequence);
   /// As `release`, but what only this sequence holds is not found again.
   void discard(int64_t sequence);
-  /// Drops the tokens after the first `length`, and the room held beyond them.
-  void truncate(int64_t sequence, int length);
+  /// Drops the tokens after the first `length`, and the room held beyond them. True: others hold the last block too, and the next write takes
+  /// one block more; where it is false that stays so, as nobody finds a block that is cut.
+  bool truncate(int64_t sequence, int length);
   /// Releases every sequence and forgets what is cached.
   void reset();
 
