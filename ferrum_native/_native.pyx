@@ -660,6 +660,47 @@ cdef class Engine:
             found = self.open().pool().cached_prefix(span(ids.data(), ids.size()))
             return CachedPrefix(found.tokens, found.blocks_in_use)
 
+    cdef object kv_layout(self, Py_ssize_t tokens):
+        """(shape, dtype) of what `export_kv` gives of so many tokens."""
+        config = self.config
+        return (config["num_layers"], 2, tokens, config["num_kv_heads"], config["head_dim"]), "<f2" if self.options["kv_type"] == "f16" else "<f4"
+
+    def export_kv(self, sequence):
+        """Keys and values of a live sequence; see `_native.pyi`."""
+        import numpy
+
+        cdef int64_t id = sequence_id(sequence)
+        cdef NativeEngine* native
+        cdef byte* out
+        with self.lock:
+            native = self.open()
+            shape, dtype = self.kv_layout(native.pool().at(id).length)
+            kv = numpy.empty(shape, dtype)
+            out = <byte*>values_of(kv)
+            with nogil:
+                native.export_kv(id, out)
+            return kv
+
+    def import_kv(self, sequence, tokens, kv):
+        """Start a sequence with what `export_kv` gave; see `_native.pyi`."""
+        import numpy
+
+        cdef int64_t id = sequence_id(sequence)
+        cdef vector[int32_t] ids
+        cdef NativeEngine* native
+        cdef const byte* data
+        fill_tokens(tokens, ids)
+        shape, dtype = self.kv_layout(ids.size())
+        kv = numpy.asarray(kv)
+        if kv.shape != shape or kv.dtype != dtype:
+            raise ValueError(f"keys and values are {kv.dtype} {kv.shape}, but those of {ids.size()} tokens are {numpy.dtype(dtype)} {shape} in this engine.")
+        kv = numpy.ascontiguousarray(kv)
+        data = <const byte*>values_of(kv)
+        with self.lock:
+            native = self.open()
+            with nogil:
+                native.import_kv(id, span(ids.data(), ids.size()), data)
+
     def release(self, sequence):
         """End a sequence; its blocks go back to the pool."""
         cdef int64_t id = sequence_id(sequence)

@@ -1,5 +1,9 @@
 # The C++ core as the extension sees it.
 
+cdef extern from "<cstddef>" namespace "std" nogil:
+    cdef cppclass byte:
+        pass
+
 cdef extern from "<span>" namespace "std" nogil:
     cdef cppclass token_span "std::span<const int32_t>":
         token_span()
@@ -223,6 +227,8 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         void exclude_tokens(vector[int32_t]) except +raise_current_error
         void fork(int64_t, int64_t) except +raise_current_error
         int adopt(int64_t, token_span) except +raise_current_error
+        void export_kv(int64_t, byte*) except +raise_current_error
+        void import_kv(int64_t, token_span, const byte*) except +raise_current_error
         void release(int64_t) except +raise_current_error
         cbool truncate(int64_t, int) except +raise_current_error
         void reset() except +raise_current_error

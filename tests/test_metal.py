@@ -127,6 +127,38 @@ def test_no_sequence_shows_in_another(model):
             engine.reset()
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_a_sequence_goes_on_from_keys_and_values_that_were_exported(model, kv_type):
+    tokens = random_token_ids(SMALL, 21)
+    with engine_on("cpu", model(), kv_type=kv_type) as cpu, engine_on("metal", model(), kv_type=kv_type, poison_freed_kv=True) as engine:
+        for each in (cpu, engine):
+            each.prefill(0, tokens, logits="none")
+        kv = engine.export_kv(0)
+        assert kv.shape == (2, 2, 21, 2, 32)
+        assert relative_l2(cpu.export_kv(0).reshape(-1, 32).astype("f4"), kv.reshape(-1, 32).astype("f4")).max() < 5e-3
+        engine.import_kv(1, tokens, kv)
+        assert np.array_equal(engine.export_kv(1), kv)
+        together = np.array(engine.decode_batch([0, 1], [9, 9]))
+        assert np.array_equal(together[0], together[1])
+
+
+def test_imported_keys_and_values_reach_both_compared_devices(model):
+    tokens = random_token_ids(SMALL, 21)
+    with engine_on("cpu", model()) as cpu, engine_on("metal", model(), compare_with="cpu") as engine:
+        cpu.prefill(0, tokens, logits="none")
+        engine.import_kv(0, tokens, cpu.export_kv(0))
+        assert relative_l2(np.array(cpu.decode(0, 9))[None], np.array(engine.decode(0, 9))[None])[0] < 1e-4
+
+
+def test_a_beginning_is_adopted(model):
+    tokens = random_token_ids(SMALL, 40)
+    with engine_on("metal", model(), poison_freed_kv=True) as engine:
+        expected = np.array(engine.prefill(0, tokens))
+        engine.release(0)
+        assert engine.adopt(1, tokens) == 32
+        assert relative_l2(expected[None], np.array(engine.prefill(1, tokens[32:]))[None])[0] < 1e-4
+
+
 def test_a_fork_goes_on_as_its_source(model):
     tokens = random_token_ids(SMALL, 21)
     with engine_on("metal", model(), poison_freed_kv=True) as engine:

@@ -4,6 +4,7 @@
 // Every op is mandatory on every backend and only enqueues; host memory is readable after `finish`. Arguments are validated by the engine
 // and the model: ops trust them. Weights of any type of `weight_types` are taken everywhere, norms are F32.
 #pragma once
+#include <cstddef>
 #include <memory>
 #include <span>
 #include <string>
@@ -169,6 +170,11 @@ class Backend {
   virtual void finish() = 0;
   /// Drops what was enqueued since the last `finish`: after a call that threw.
   virtual void abandon() = 0;
+
+  // Between steps, and at once: keys and values of the first `tokens` tokens of a block table, in the KV's type, as [layers, 2, tokens, heads,
+  // head_dim] with the keys first. All tokens were written; the rest of the last block is left as it is.
+  virtual void read_kv(const Kv&, std::span<const int32_t> blocks, int tokens, std::byte* out) = 0;
+  virtual void write_kv(Kv&, std::span<const int32_t> blocks, int tokens, const std::byte* data) = 0;
 
   // For tests and tools; no step calls these.
   virtual void write_activation(Activation&, int rows, const float* values) = 0;  // and packs

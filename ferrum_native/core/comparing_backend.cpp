@@ -259,6 +259,13 @@ void ComparingBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies)
   both("copy_kv_blocks", [&](Backend& b, bool s) { b.copy_kv_blocks(of(kv, s), copies); });
 }
 
+void ComparingBackend::read_kv(const Kv& kv, std::span<const int32_t> blocks, int tokens, std::byte* out) { subject_->read_kv(of(kv, true), blocks, tokens, out); }
+
+void ComparingBackend::write_kv(Kv& kv, std::span<const int32_t> blocks, int tokens, const std::byte* data) {
+  reference_->write_kv(of(kv, false), blocks, tokens, data);
+  subject_->write_kv(of(kv, true), blocks, tokens, data);
+}
+
 void ComparingBackend::poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) {
   reference_->poison_kv_blocks(of(kv, false), blocks);
   subject_->poison_kv_blocks(of(kv, true), blocks);

@@ -203,6 +203,27 @@ void Engine::exclude_tokens(std::vector<int32_t> ids) {
   excluded_ = std::move(ids);
 }
 
+void Engine::export_kv(int64_t sequence, std::byte* out) {
+  const Sequence& found = pool_.at(sequence);
+  backend_->read_kv(*kv_, found.blocks, found.length, out);
+}
+
+void Engine::import_kv(int64_t sequence, std::span<const int32_t> tokens, const std::byte* data) {
+  check_tokens({sequence, tokens, LogitsWanted::Nothing});
+  if (pool_.live(sequence)) invalid("sequence " + std::to_string(sequence) + " is live already and cannot be imported. Release it first or choose another number.");
+  const Growth growth[] = {{sequence, static_cast<int>(tokens.size()), tokens.data()}};
+  pool_.grow(growth, copies_);
+  poison_freed();
+  try {
+    backend_->write_kv(*kv_, pool_.at(sequence).blocks, static_cast<int>(tokens.size()), data);
+  } catch (...) {
+    pool_.rollback();
+    poison_freed();
+    throw;
+  }
+  pool_.commit();
+}
+
 void Engine::release(int64_t sequence) {
   pool_.release(sequence);
   poison_freed();

@@ -53,6 +53,10 @@ class Engine {
   void fork(int64_t source, int64_t target) { pool_.fork(source, target); }
   /// Starts a sequence with the longest cached beginning of `tokens`, whole blocks, and returns its length: of 0 it is not started.
   int adopt(int64_t sequence, std::span<const int32_t> tokens) { return pool_.adopt(sequence, tokens); }
+  /// Keys and values of a sequence's tokens, kv_bytes_per_token() each, as `Backend::read_kv` gives them.
+  void export_kv(int64_t sequence, std::byte* out);
+  /// Starts a sequence with tokens that were computed before, and what `export_kv` gave of them.
+  void import_kv(int64_t sequence, std::span<const int32_t> tokens, const std::byte* data);
   void release(int64_t sequence);
   /// Drops the tokens after the first `length`; the next ones are written behind them, and take one block more if it is true.
   bool truncate(int64_t sequence, int length);

@@ -38,6 +38,8 @@ class ForwardingBackend : public Backend {
   void gather_rows(const Tensor& x, const Tensor& out) override { run("gather_rows", [&] { inner_->gather_rows(x, out); }); }
   void top_candidates(const TopCandidatesArgs& args) override { run("top_candidates", [&] { inner_->top_candidates(args); }); }
   void copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) override { run("copy_kv_blocks", [&] { inner_->copy_kv_blocks(kv, copies); }); }
+  void read_kv(const Kv& kv, std::span<const int32_t> blocks, int tokens, std::byte* out) override { run("read_kv", [&] { inner_->read_kv(kv, blocks, tokens, out); }); }
+  void write_kv(Kv& kv, std::span<const int32_t> blocks, int tokens, const std::byte* data) override { run("write_kv", [&] { inner_->write_kv(kv, blocks, tokens, data); }); }
   void finish() override { run("finish", [&] { inner_->finish(); }); }
 
   void abandon() override { inner_->abandon(); }

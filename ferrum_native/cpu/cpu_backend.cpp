@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../core/kv_transfer.h"
+
 namespace ferrum::cpu {
 namespace {
 
@@ -21,6 +23,9 @@ Forms forms_for(std::span<const WeightType> consumers, bool float_activations) {
   }
   return forms;
 }
+
+/// Where dimension d of a token's key lies in a block of a head.
+int key_element(int place, int d) { return d * kv_block_tokens + place; }
 
 }  // namespace
 
@@ -169,6 +174,16 @@ void CpuBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) {
       std::memcpy(pool.keys.host() + to, pool.keys.host() + from, pool.block_bytes());
       std::memcpy(pool.values.host() + to, pool.values.host() + from, pool.block_bytes());
     }
+}
+
+void CpuBackend::read_kv(const Kv& kv, std::span<const int32_t> blocks, int tokens, std::byte* out) {
+  const CpuKv& pool = static_cast<const CpuKv&>(kv);
+  read_kv_blocks(pool.shape, pool.keys.host(), pool.values.host(), blocks, tokens, out, key_element);
+}
+
+void CpuBackend::write_kv(Kv& kv, std::span<const int32_t> blocks, int tokens, const std::byte* data) {
+  CpuKv& pool = static_cast<CpuKv&>(kv);
+  write_kv_blocks(pool.shape, pool.keys.host(), pool.values.host(), blocks, tokens, data, key_element);
 }
 
 void CpuBackend::poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) {

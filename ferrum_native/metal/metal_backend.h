@@ -47,6 +47,8 @@ class MetalBackend final : public Backend {
   void gather_rows(const Tensor& x, const Tensor& out) override;
   void top_candidates(const TopCandidatesArgs&) override;
   void copy_kv_blocks(Kv&, std::span<const BlockCopy>) override;
+  void read_kv(const Kv&, std::span<const int32_t> blocks, int tokens, std::byte* out) override;
+  void write_kv(Kv&, std::span<const int32_t> blocks, int tokens, const std::byte* data) override;
   void poison_kv_blocks(Kv&, std::span<const int32_t> blocks) override;
   void finish() override;
   void abandon() override;

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../../metal_src/shared/kv_layout.h"
 #include "../../metal_src/shared/route.h"
+#include "../core/kv_transfer.h"
 
 namespace ferrum::metal {
 namespace {
@@ -133,6 +135,16 @@ void MetalBackend::read_routing(const Routing& given, const RoutingContents& out
   std::copy_n(r.host<float>(r.layout.weights), r.pairs(), out.weights);
   std::copy_n(r.host<int32_t>(r.layout.start), r.experts + 1, out.start);
   std::copy_n(r.host<int32_t>(r.layout.pairs), r.pairs(), out.pairs);
+}
+
+void MetalBackend::read_kv(const Kv& kv, std::span<const int32_t> blocks, int tokens, std::byte* out) {
+  const MetalKv& pool = static_cast<const MetalKv&>(kv);
+  read_kv_blocks(pool.shape, pool.keys->host(), pool.values->host(), blocks, tokens, out, shared::kv_key_element);
+}
+
+void MetalBackend::write_kv(Kv& kv, std::span<const int32_t> blocks, int tokens, const std::byte* data) {
+  const MetalKv& pool = static_cast<const MetalKv&>(kv);
+  write_kv_blocks(pool.shape, pool.keys->host(), pool.values->host(), blocks, tokens, data, shared::kv_key_element);
 }
 
 void MetalBackend::poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) {
