@@ -13,6 +13,10 @@ class UnsupportedModelError(ModelFileError):
     """A model file is sound, but asks for something this version does not run."""
 
 
+class SessionFileError(FerrumError):
+    """A file of a saved session is missing, damaged, or of another model, other options or a newer version."""
+
+
 class KVPoolExhausted(FerrumError):
     """The KV pool has too few free blocks for a step; no sequence advanced."""
 
