@@ -14,10 +14,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ferrum.errors import EngineClosed, KVPoolExhausted, UnknownSequence
 from ferrum.outputs import Logprob
@@ -27,6 +28,7 @@ from ferrum.scheduler import Chunk, Limits, Scheduler, Sequence
 from ferrum_native._native import Engine
 
 R = TypeVar("R", bound=Request | Scoring)
+T = TypeVar("T")
 Command = tuple[Callable[..., None], Any]
 
 
@@ -155,10 +157,43 @@ class EngineLoop:
 
     def settle(self) -> None:
         """Wait until everything that was dropped before has given its KV blocks back."""
-        if self._thread is not None and self._thread.is_alive() and threading.current_thread() is not self._thread:
-            done: SimpleQueue[None] = SimpleQueue()
-            self._put((lambda loop: done.put(None), ()))
-            done.get()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self.between_steps(lambda: None)
+
+    def between_steps(self, call: Callable[[], T]) -> T:
+        """The result of a call that is made between two steps, while nothing else touches the engine's sequences."""
+        done: SimpleQueue[Callable[[], T]] = SimpleQueue()
+
+        def run(loop: EngineLoop) -> None:
+            try:
+                result = call()
+                done.put(lambda: result)
+            except Exception as error:
+                done.put(partial(_throw, error))
+
+        if self._thread is None:
+            self._start()
+        self._put((run, ()))
+        return done.get()()
+
+    def export_session(self, session: Retained) -> tuple[list[int], Any] | None:
+        """Tokens of a session and what `Engine.export_kv` gives of them; None if it has none in the KV cache."""
+        def export() -> tuple[list[int], Any] | None:
+            sequence = session.sequence
+            if sequence is None or sequence.engine_id is None:
+                return None
+            return sequence.tokens[: sequence.computed], self._engine.export_kv(sequence.engine_id)
+
+        return self.between_steps(export)
+
+    def import_session(self, session: Retained, tokens: list[int], kv: Any) -> None:
+        """The reverse, for a session that has none. Raises KVPoolExhausted, ContextFull."""
+        def place() -> None:
+            sequence = Sequence(tokens, len(tokens))
+            self._scheduler.place(sequence, kv.shape[2], lambda id: self._engine.import_kv(id, tokens[: kv.shape[2]], kv))
+            session.sequence = sequence
+
+        self.between_steps(place)
 
     def close(self) -> None:
         """End the thread; requests that have not ended fail with EngineClosed. Waits for the step that runs."""
@@ -294,7 +329,7 @@ class EngineLoop:
     def _after_step(self, request: Request | Scoring) -> None:
         """Fork what was read whole, and release what has ended."""
         prompt = request.prompt_sequence
-        request.report_prompt()
+        request.after_step()
         if request.finished:
             self._forget(request)
         elif prompt is not None and prompt.active:
@@ -361,7 +396,6 @@ class EngineLoop:
         kept.owner, kept.active, kept.wanted_from, kept.turn, kept.priority = text, True, fresh.wanted_from, fresh.turn, fresh.priority
         self._scheduler.rewind(kept, fresh.tokens, min(same, fresh.wanted_from))
         text.sequence = kept
-        request.num_cached_tokens = kept.computed
 
     def _drop(self, item: Request | Scoring | Retained) -> None:
         if isinstance(item, Retained):
@@ -480,6 +514,10 @@ def _close_all() -> None:
     """A thread must not be inside a step when the interpreter goes."""
     for loop in tuple(_live_loops):
         loop.close()
+
+
+def _throw(error: Exception) -> NoReturn:
+    raise error
 
 
 def _closed_error() -> EngineClosed:

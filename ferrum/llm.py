@@ -19,6 +19,7 @@ from ferrum.prompts import Message, Prompt, checked_params, checked_terms, conve
 from ferrum.request import PromptRead, Request, Scoring, Terms
 from ferrum.sampler import Sampler
 from ferrum.sampling import SamplingParams
+from ferrum.session_file import load
 from ferrum.stream import Session, Stream
 from ferrum.tokenizer import Tokenizer
 from ferrum_native._native import Engine, plan
@@ -172,6 +173,18 @@ class LLM:
     def session(self) -> Session:
         """A text that goes on turn by turn and keeps its KV cache: each turn is given the whole text so far."""
         return Session(self)
+
+    def load_session(self, path: str | os.PathLike) -> Session:
+        """The session that `Session.save` wrote: its next turn computes only what is new, with the bits that it would have had.
+
+        SessionFileError where the file is damaged, or is of another model, device, kv_type or activations; KVPoolExhausted where there is no
+        room for its tokens beside what runs.
+        """
+        if self.engine.closed:
+            raise EngineClosed("The model was closed. Load it again to go on.")
+        session = Session(self)
+        self._loop.import_session(session._retained, *load(path, self.engine, self.file))
+        return session
 
     def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, priority: int = 0, timeout: float | None = None) -> list[Score]:
         """How likely each continuation is after the prompt, which is read once.

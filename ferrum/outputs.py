@@ -85,7 +85,7 @@ class RequestOutput:
 
     `prompt` is None where token ids were given. `prompt_logprobs` [prompt tokens]: as `CompletionOutput.logprobs`, None for
     the first token, which nothing comes before; None unless asked for. `finished` is False for a stream that still runs.
-    `num_cached_tokens` of the prompt were in the KV cache before, from a session's turn before.
+    `num_cached_tokens` of the prompt were in the KV cache before, from a session's turn before or another text that begins alike.
     """
 
     request_id: str

@@ -153,7 +153,7 @@ class Request:
             self.prompt_sequence = Sequence(list(prompt_token_ids), wanted_from, owner=self, priority=self.priority)
         self._prompt_reported = 0 if reports_prompt else len(prompt_token_ids)
         self.error: BaseException | None = None
-        self.num_cached_tokens = 0
+        self.num_cached_tokens: int | None = None
         self.load_s = load_s
         self.first_token_s = 0.0
         self.prefill_s = 0.0
@@ -210,8 +210,10 @@ class Request:
             return len(self.prompt_token_ids)
         return min(self.first_sequences()[0].computed, len(self.prompt_token_ids))
 
-    def report_prompt(self) -> None:
-        """Tell how far the prompt was read, if that is asked for and it goes on."""
+    def after_step(self) -> None:
+        """Note what the first step found cached; tell how far the prompt was read, if that is asked for and it goes on."""
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = self.first_sequences()[0].cached
         total = len(self.prompt_token_ids)
         if self._prompt_reported < total and self.prompt_tokens_read > self._prompt_reported and self.mailbox is not None:
             self._prompt_reported = self.prompt_tokens_read
@@ -226,16 +228,17 @@ class Request:
 
     def output(self) -> RequestOutput:
         prompt_tokens, tokens = len(self.prompt_token_ids), sum(text.length for text in self.texts)
+        cached = self.num_cached_tokens or 0
         return RequestOutput(
             request_id=self.id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids, prompt_logprobs=self.prompt_logprobs,
             outputs=[text.output() for text in self.texts], finished=self.finished,
             usage=Usage(prompt_tokens, tokens, prompt_tokens + tokens),
             timings=Timings(
                 load_s=self.load_s, first_token_s=self.first_token_s, prefill_s=self.prefill_s, decode_s=self.decode_s,
-                prefill_tokens_per_s=_rate(prompt_tokens - self.num_cached_tokens, self.prefill_s),
+                prefill_tokens_per_s=_rate(prompt_tokens - cached, self.prefill_s),
                 decode_tokens_per_s=_rate(tokens - len(self.texts), self.decode_s),
             ),
-            num_cached_tokens=self.num_cached_tokens,
+            num_cached_tokens=cached,
         )
 
 
@@ -301,7 +304,7 @@ class Scoring:
     def end_overdue(self) -> None:
         self.fail(TimeoutError("The scores were not ready in time. Raise timeout."))
 
-    def report_prompt(self) -> None:
+    def after_step(self) -> None:
         """Scores report nothing on their way."""
 
     def add_time(self, seconds: float) -> None:

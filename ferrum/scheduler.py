@@ -12,7 +12,7 @@ A sequence starts with what the KV cache has of its tokens. Where a running one 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -172,6 +172,20 @@ class Scheduler:
         self._running.remove(sequence)
         sequence.arrival = next(self._arrivals)
         sequence.queues = True
+        insort(self._running, sequence, key=Sequence.order)
+
+    def place(self, sequence: Sequence, length: int, start: Callable[[int], None]) -> None:
+        """Add a new idle sequence whose first `length` tokens `start` puts into the KV cache, under the id that it is given."""
+        blocks = -(-length // self._limits.block_tokens)
+        while len(self._running) >= self._limits.max_sequences or blocks > self._pool.kv_blocks_free:
+            idle = self._idle(but=None)
+            if idle is None:
+                break  # the engine has the last word
+            self._put_back(idle)
+        id = self._pool.new_id()
+        start(id)
+        sequence.engine_id, sequence.computed, sequence.active = id, length, False
+        sequence.arrival = next(self._arrivals)
         insort(self._running, sequence, key=Sequence.order)
 
     def schedule(self) -> list[Chunk]:

@@ -27,15 +27,13 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _AGAIN = "Save the session anew."
 
 
-def save(path: str | os.PathLike, engine: Engine, file: GGUFFile, sequence: int, tokens: list[int]) -> None:
-    """Write a live sequence to `path`, whole or not at all; `file` is the engine's model.
+def save(path: str | os.PathLike, engine: Engine, file: GGUFFile, tokens: list[int], kv: np.ndarray) -> None:
+    """Write tokens, and what `Engine.export_kv` gave of the first of them, to `path`, whole or not at all; `file` is the engine's model.
 
-    `tokens` begin with those of the sequence; the others are saved too, without keys and values. Raises SessionFileError, UnknownSequence, or
-    ValueError where the tokens are fewer than the sequence has.
+    Raises SessionFileError, or ValueError where the tokens are fewer than those of `kv`.
     """
-    kv = engine.export_kv(sequence)
     if len(tokens) < kv.shape[2]:
-        raise ValueError(f"sequence {sequence} has {kv.shape[2]} tokens, but {len(tokens)} are to be saved with it.")
+        raise ValueError(f"keys and values of {kv.shape[2]} tokens were given with {len(tokens)} tokens. Give those that they are of.")
     parts = [memoryview(np.array(tokens, "<i4")).cast("B"), memoryview(kv.reshape(-1).view(np.uint8))]
     header: dict[str, Any] = {"__metadata__": {**_made_by(engine, file), "sha256": _checksum(parts)}}
     offset = 0
@@ -50,23 +48,23 @@ def save(path: str | os.PathLike, engine: Engine, file: GGUFFile, sequence: int,
         _fail(path, f"cannot be written ({error.strerror or error})", "Check the folder, its permissions and the disk.")
 
 
-def load(path: str | os.PathLike, engine: Engine, file: GGUFFile, sequence: int) -> list[int]:
-    """Start `sequence`, which is not live, with what `save` wrote; the saved tokens, of which `engine.length(sequence)` are computed.
+def load(path: str | os.PathLike, engine: Engine, file: GGUFFile) -> tuple[list[int], np.ndarray]:
+    """What `save` wrote: the tokens, and what `Engine.import_kv` takes of the first of them.
 
-    Raises SessionFileError that names what is wrong or different, KVPoolExhausted or ContextFull; then nothing was started.
+    Raises SessionFileError that names what is wrong, or different from this engine.
     """
+    expected = _made_by(engine, file)
     try:
         with open(path, "rb", opener=_without_waiting) as source:
-            header, tokens, kv = _read(path, source, _made_by(engine, file))
+            header, tokens, kv = _read(path, source, expected)
     except OSError as error:
         _fail(path, f"cannot be read ({error.strerror or error})", "Check the path and its permissions.")
     if _checksum([memoryview(tokens).cast("B"), memoryview(kv.reshape(-1).view(np.uint8))]) != header.get("sha256"):
         _fail(path, "its contents do not match their checksum", "It is damaged. " + _AGAIN)
-    try:
-        engine.import_kv(sequence, tokens[: kv.shape[2]], kv)
-    except ValueError as error:
-        _fail(path, f"does not fit this engine: {error}", _AGAIN)
-    return tokens.tolist()
+    shape = (int(expected["num_layers"]), 2, kv.shape[2], int(expected["num_kv_heads"]), int(expected["head_dim"]))
+    if kv.shape != shape or _NAMES[kv.dtype].lower() != expected["kv_type"] or not (0 <= tokens.min() and tokens.max() < engine.config["vocab_size"]):
+        _fail(path, "its contents do not fit this engine", _AGAIN)
+    return tokens.tolist(), kv
 
 
 def _made_by(engine: Engine, file: GGUFFile) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
@@ -12,6 +13,7 @@ from ferrum.outputs import CompletionOutput, Piece, RequestOutput
 from ferrum.prompts import Message, Prompt, checked_terms
 from ferrum.request import Mailbox, PromptRead, Request
 from ferrum.sampling import SamplingParams
+from ferrum.session_file import save
 
 if TYPE_CHECKING:
     from ferrum.llm import LLM
@@ -141,6 +143,24 @@ class Session:
         """Tokens that are in the KV cache now."""
         sequence = self._retained.sequence
         return 0 if sequence is None else sequence.computed
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Those tokens."""
+        sequence = self._retained.sequence
+        return [] if sequence is None else sequence.tokens[: sequence.computed]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write what the session keeps to a file, whole or not at all, for `LLM.load_session`: tokens, keys and values, `kv_bytes_per_token` each.
+
+        RuntimeError while its last stream has not ended, or where nothing is in the KV cache: before the first turn, or after others took
+        the memory. SessionFileError where the file cannot be written.
+        """
+        self._check_free()
+        kept = self._llm._loop.export_session(self._retained)
+        if kept is None:
+            raise RuntimeError("The session has nothing in the KV cache: it had no turn yet, or others needed the memory. Save it after its next turn.")
+        save(path, self._llm.engine, self._llm.file, *kept)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,

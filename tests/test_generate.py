@@ -116,11 +116,11 @@ def jobs(llm, count, seed):
 
 
 def test_every_text_is_the_one_that_it_is_alone(llm, tight):
-    prompts, params = jobs(llm, 60, seed=1)
+    prompts, params = jobs(llm, 120, seed=2)
     alone = [result(llm.generate([prompt], each)[0]) for prompt, each in zip(prompts, params)]
     before = preemptions(tight)
     assert results(tight.generate(prompts, params)) == alone
-    assert preemptions(tight) > before + 2
+    assert preemptions(tight) > before + 5
     assert results(llm.generate(prompts, params)) == alone
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ferrum import LLM, SamplingParams
 from ferrum.engine_loop import EngineLoop
+from ferrum.errors import SessionFileError
 from ferrum.llm import Stream
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest."
@@ -93,3 +94,43 @@ def test_a_stream_may_be_closed_at_any_line_of_its_iteration(llm, line):
         list(stream)
     assert stream.completion.finish_reason == "cancelled"
     assert llm.engine.stats()["live_sequences"] == 0
+
+
+def test_a_saved_session_goes_on_in_another_process_with_the_same_text(llm, tmp_path):
+    path = tmp_path / "fox.session"
+    with llm.session() as session:
+        with pytest.raises(RuntimeError, match="nothing in the KV cache: it had no turn yet"):
+            session.save(path)
+        list(stream := session.stream(PROMPT, GREEDY))
+        text = stream.output.prompt + stream.completion.text + " The end. Then"
+        session.save(path)
+        kept = session.token_ids
+        assert len(kept) == session.tokens_kept and stream.prompt_token_ids == kept[: len(stream.prompt_token_ids)]
+        list(expected := session.stream(text, GREEDY))
+    with LLM(threads=1, kv_tokens=512) as other:
+        with other.load_session(path) as session:
+            assert session.token_ids == kept
+            before = computed(other)
+            list(second := session.stream(text, GREEDY))
+            assert second.completion == expected.completion
+            assert second.output.num_cached_tokens == len(kept)
+            assert computed(other) - before == len(second.prompt_token_ids) - len(kept) + 39
+        assert other.engine.stats()["live_sequences"] == 0
+    with LLM(threads=1, kv_tokens=512, kv_type="f32") as other:
+        with pytest.raises(SessionFileError, match="was saved with kv_type f16, this engine has f32"):
+            other.load_session(path)
+        assert other.engine.stats()["live_sequences"] == 0
+
+
+def test_a_session_is_loaded_where_others_keep_all_the_room(llm, tmp_path):
+    with llm.session() as session:
+        list(session.stream(PROMPT * 10, GREEDY))
+        session.save(tmp_path / "long.session")
+    with LLM(threads=1, kv_tokens=256, max_sequences=2) as small:
+        idle = [small.session() for _ in range(2)]
+        for other in idle:
+            list(other.stream(PROMPT, GREEDY))
+        with small.load_session(tmp_path / "long.session") as session:
+            assert session.tokens_kept == len(session.token_ids) > 150
+        for other in idle:
+            other.close()

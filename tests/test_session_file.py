@@ -23,6 +23,16 @@ def model(tmp_path_factory):
     return GGUFFile.open(write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf", config=CONFIG, types="Q8_0"))
 
 
+def save(path, engine, model, sequence, tokens):
+    session_file.save(path, engine, model, tokens, engine.export_kv(sequence))
+
+
+def load(path, engine, model, sequence):
+    tokens, kv = session_file.load(path, engine, model)
+    engine.import_kv(sequence, tokens[: kv.shape[2]], kv)
+    return tokens
+
+
 def engine_of(model, **options):
     return Engine(model, **{"threads": 1, "kv_tokens": 256, "device": "cpu", **options})
 
@@ -32,7 +42,7 @@ def saved(model, tmp_path):
     """A file of a sequence of 75 tokens."""
     with engine_of(model) as engine:
         engine.prefill(7, TOKENS)
-        session_file.save(tmp_path / "saved", engine, model, 7, TOKENS)
+        save(tmp_path / "saved", engine, model, 7, TOKENS)
     return tmp_path / "saved"
 
 
@@ -59,7 +69,7 @@ def rewrite(path, change):
 def refused(engine, model, path, match):
     before = engine.stats()
     with pytest.raises(SessionFileError, match=match) as caught:
-        session_file.load(path, engine, model, 3)
+        load(path, engine, model, 3)
     assert str(caught.value).startswith(f"{path}: ") and engine.stats() == before
 
 
@@ -69,29 +79,29 @@ def test_a_loaded_sequence_goes_on_with_the_same_bits(model, tmp_path, kv_type, 
     path, more = tmp_path / "saved", random_token_ids(CONFIG, 30, seed=2)
     with engine_of(model, kv_type=kv_type) as engine:
         engine.prefill(0, TOKENS[:length])
-        session_file.save(path, engine, model, 0, TOKENS[:length])
+        save(path, engine, model, 0, TOKENS[:length])
         expected = [np.array(engine.prefill(0, more)), np.array(engine.decode(0, 5))]
     with engine_of(model, kv_type=kv_type, poison_freed_kv=True) as engine:
         engine.prefill(1, random_token_ids(CONFIG, 100, seed=3))
         engine.release(1)
-        assert session_file.load(path, engine, model, 4) == TOKENS[:length]
+        assert load(path, engine, model, 4) == TOKENS[:length]
         assert engine.length(4) == length
         assert np.array_equal(expected, [np.array(engine.prefill(4, more)), np.array(engine.decode(4, 5))])
 
 
 def test_what_was_loaded_is_found_by_prompts_that_begin_so(engine, model, saved):
-    session_file.load(saved, engine, model, 0)
+    load(saved, engine, model, 0)
     assert engine.cached_prefix(TOKENS) == (64, 4)
 
 
 def test_tokens_that_were_not_computed_are_saved_too(engine, model, tmp_path):
     engine.prefill(0, TOKENS[:20])
-    session_file.save(tmp_path / "saved", engine, model, 0, TOKENS[:22])
-    assert session_file.load(tmp_path / "saved", engine, model, 1) == TOKENS[:22] and engine.length(1) == 20
-    with pytest.raises(ValueError, match="sequence 0 has 20 tokens, but 19 are to be saved"):
-        session_file.save(tmp_path / "saved", engine, model, 0, TOKENS[:19])
+    save(tmp_path / "saved", engine, model, 0, TOKENS[:22])
+    assert load(tmp_path / "saved", engine, model, 1) == TOKENS[:22] and engine.length(1) == 20
+    with pytest.raises(ValueError, match="keys and values of 20 tokens were given with 19 tokens"):
+        save(tmp_path / "saved", engine, model, 0, TOKENS[:19])
     with pytest.raises(UnknownSequence):
-        session_file.save(tmp_path / "saved", engine, model, 9, TOKENS)
+        save(tmp_path / "saved", engine, model, 9, TOKENS)
 
 
 def test_the_file_holds_nothing_but_the_tokens_of_its_sequence(engine, model, saved):
@@ -177,24 +187,25 @@ def test_a_file_stays_as_it_was_where_writing_fails(engine, model, saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a full disk
     try:
         with pytest.raises(SessionFileError, match="cannot be written .File too large."):
-            session_file.save(saved, engine, model, 0, TOKENS)
+            save(saved, engine, model, 0, TOKENS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["saved"]
     with pytest.raises(SessionFileError, match="cannot be written"):
-        session_file.save(saved / "below a file", engine, model, 0, TOKENS)
+        save(saved / "below a file", engine, model, 0, TOKENS)
 
 
 def test_a_session_that_does_not_fit_starts_nothing(model, saved):
     with engine_of(model, kv_tokens=64) as engine:
         with pytest.raises((KVPoolExhausted, ContextFull)):
-            session_file.load(saved, engine, model, 0)
+            load(saved, engine, model, 0)
         assert engine.stats()["kv_blocks_free"] == 4 and engine.stats()["live_sequences"] == 0
 
 
 def test_a_live_sequence_is_not_overwritten(engine, model, saved):
     engine.prefill(3, [1, 2])
-    refused(engine, model, saved, "sequence 3 is live already")
+    with pytest.raises(ValueError, match="sequence 3 is live already"):
+        load(saved, engine, model, 3)
     assert engine.length(3) == 2
 
 
