@@ -55,6 +55,27 @@ struct Q4_K {
   }
 };
 
+/// 32 weights of a block's 256: 4 neighbours in each of the 8 sub-blocks, whose fifth bits are in the same 4 bytes; 8 lanes share the header.
+struct Q5_K {
+  enum { quads = 8, aligned = 1 };
+  static uint units(int cols) { return uint(cols) / 32; }
+  static uint at(uint unit, uint quad) { return 256 * (unit / 8) + 32 * quad + 4 * (unit % 8); }
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ5_K* block = (device const BlockQ5_K*)row + unit / 8;
+    const uint4 header = *(device const uint4*)block;  // d and dmin, then scales
+    const half2 d = as_type<half2>(header.x);
+    const uint scales[2] = {header.y & 0x3f3f3f3fu, (header.w & 0x0f0f0f0fu) | ((header.y >> 2) & 0x30303030u)};
+    const uint mins[2] = {header.z & 0x3f3f3f3fu, ((header.w >> 4) & 0x0f0f0f0fu) | ((header.z >> 2) & 0x30303030u)};
+    const uint high = ((device const uint*)block->high)[unit % 8];
+    device const uint* q = (device const uint*)block->q + unit % 8;
+    for (uint quad = 0; quad < 8; ++quad) {
+      const uint shift = 8 * (quad % 4), low = q[8 * (quad / 2)] >> (4 * (quad % 2));
+      const float scale = float(d.x) * float((scales[quad / 4] >> shift) & 0xffu), minimum = float(d.y) * float((mins[quad / 4] >> shift) & 0xffu);
+      w[quad] = scale * bytes_as_floats((low & 0x0f0f0f0fu) | ((high >> quad) & 0x01010101u) << 4) - minimum;
+    }
+  }
+};
+
 /// 16 weights of a block's 256: 4 neighbours in each of the 4 groups of a half, whose low bits are in 2 x 4 bytes and whose high bits in 4.
 struct Q6_K {
   enum { quads = 4, aligned = 1 };
@@ -142,6 +163,7 @@ inline bool pipeline_has(int type) { return weight_type_0 == type || weight_type
 /// Runs a statement in which `Format` is the format of weights of `type` with `cols` columns.
 #define FERRUM_WITH_FORMAT(type, cols, ...)                                                                                       \
   if (pipeline_has(type_id::q4_k) && (type) == type_id::q4_k) { typedef Q4_K Format; __VA_ARGS__; }                               \
+  else if (pipeline_has(type_id::q5_k) && (type) == type_id::q5_k) { typedef Q5_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q6_k) && (type) == type_id::q6_k) { typedef Q6_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q8_0) && (type) == type_id::q8_0) { typedef Q8_0 Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::f32) && (type) == type_id::f32) { FERRUM_WITH_FLOATS(F32, cols, __VA_ARGS__) }                   \

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK_OF = {"Q8_0": 32, "Q4_K": 256, "Q6_K": 256}
+BLOCK_OF = {"Q8_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 """Quantized weight types, and how many activations share one float scale when they meet weights of that type."""
 
 MAX_FACTOR = 8
@@ -209,13 +209,13 @@ def log_sum_exp(x):
 def quantize_activations(x, weight_type, max_factor=MAX_FACTOR):
     """x [..., K] as it meets quantized weights: (int8 q [..., K], float64 d [..., K / 32]) with x ~ q * d, in float32 steps.
 
-    Q8_0: d = a / 127 with a = max |x| of the 32 values. K-quants: with A = max |x| of 256 values and steps = 8 * 127, d = (A / steps) * factor,
+    Types with blocks of 32: d = a / 127 with a = max |x| of the 32 values. Those with blocks of 256: with A = max |x| of 256 values and steps = 8 * 127, d = (A / steps) * factor,
     factor = ceil(a * (8 / A)) in 1..8. q = x * (1 / d) rounded half to even; a block of zeros has d = 0. `max_factor` 1 in place of 8 gives one
     scale for all 256, as llama.cpp has.
     """
     blocks = np.asarray(x, dtype=np.float32).reshape(*x.shape[:-1], -1, BLOCK_OF[weight_type] // 32, 32)
     largest = np.abs(blocks).max(axis=-1)
-    if weight_type == "Q8_0":
+    if BLOCK_OF[weight_type] == 32:
         steps, factor = np.float32(127), np.ones_like(largest)
     else:
         steps = np.float32(127 * max_factor)
@@ -267,6 +267,16 @@ def unpack_q4_k(blocks):
     return q, scales, minima, float16_values(blocks[..., 0:2]), float16_values(blocks[..., 2:4])
 
 
+def unpack_q5_k(blocks):
+    """block_q5_K {f16 d, dmin; u8 scales[12], high[32], low[128]}: uint8 [..., 176] -> as `unpack_q4_k`.
+
+    As Q4_K with a fifth bit: that of weight i of the s-th 32 is bit s of high[i].
+    """
+    q, scales, minima, d, dmin = unpack_q4_k(np.concatenate([blocks[..., :16], blocks[..., 48:]], axis=-1))
+    high = blocks[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1
+    return q | high << 4, scales, minima, d, dmin
+
+
 def unpack_q6_k(blocks):
     """block_q6_K {u8 low[128], high[64]; i8 scales[16]; f16 d}: uint8 [..., 210] -> (q [..., 16, 16] in -32..31, scales [..., 16], d).
 
@@ -282,36 +292,34 @@ def unpack_q6_k(blocks):
     return q.reshape(*shape, 16, 16), blocks[..., 192:208].view(np.int8).astype(np.int64), float16_values(blocks[..., 208:210])
 
 
-def dot_q8_256(weight_rows, weight_type, q, d):
-    """Products of Q4_K or Q6_K rows with int8 activations, exact up to float64 rounding: [T, R].
+WITH_MINIMA = {"Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
+WITHOUT_MINIMA = {"Q6_K": unpack_q6_k}
+
+
+def expand(blocks, weight_type):
+    """Weights as products - offsets, both float64 [..., weights of a block], of uint8 [..., bytes of a block]."""
+    if weight_type == "Q8_0":
+        q, d = unpack_q8_0(blocks)
+        return q * d[..., None], np.zeros(q.shape)
+    if weight_type in WITHOUT_MINIMA:
+        q, scales, d = WITHOUT_MINIMA[weight_type](blocks)
+        minima, dmin = np.zeros_like(scales), np.zeros_like(d)
+    else:
+        q, scales, minima, d, dmin = WITH_MINIMA[weight_type](blocks)
+    products = q * (d[..., None] * scales)[..., None]
+    offsets = np.broadcast_to((dmin[..., None] * minima)[..., None], products.shape)
+    return products.reshape(*blocks.shape[:-1], -1), offsets.reshape(*blocks.shape[:-1], -1)
+
+
+def dot_quantized(weight_rows, weight_type, q, d):
+    """Products of rows of blocks with int8 activations, exact up to float64 rounding: [T, R].
 
     weight_rows uint8 [R, bytes of a row], q int8 [T, K], d [T, K / 32] as `quantize_activations` makes them.
     """
     T, R = len(q), len(weight_rows)
-    y = (q.astype(np.float64).reshape(T, -1, 32) * d[..., None]).reshape(T, -1, 8, 32)
-    blocks = np.ascontiguousarray(weight_rows).reshape(R, y.shape[1], -1)
-    if weight_type == "Q4_K":
-        weights, scales, minima, weight_d, dmin = unpack_q4_k(blocks)
-        scaled = (weights * scales[..., None]).reshape(R, -1, 8, 32) * weight_d[..., None, None]
-        return np.einsum("tbsi,rbsi->tr", y, scaled) - np.einsum("tbs,rbs->tr", y.sum(axis=-1), minima * dmin[..., None])
-    if weight_type == "Q6_K":
-        weights, scales, weight_d = unpack_q6_k(blocks)
-        scaled = (weights * scales[..., None]).reshape(R, -1, 8, 32) * weight_d[..., None, None]
-        return np.einsum("tbsi,rbsi->tr", y, scaled)
-    raise ValueError(f"{weight_type} weights do not meet activations in blocks of 256")
-
-
-def dot_q8_32(weight_rows, q, d):
-    """Products of Q8_0 rows (uint8 [R, bytes of a row]) with int8 activations in blocks of 32 (q [T, K], d [T, K / 32]): [T, R]."""
-    T, R = len(q), len(weight_rows)
-    weights, weight_d = unpack_q8_0(np.ascontiguousarray(weight_rows).reshape(R, -1, 34))
-    y = q.astype(np.float64).reshape(T, -1, 32) * d[..., None]
-    return y.reshape(T, -1) @ (weights * weight_d[..., None]).reshape(R, -1).T
-
-
-def dot_quantized(weight_rows, weight_type, q, d):
-    """`dot_q8_32` for Q8_0, `dot_q8_256` for the K-quants."""
-    return dot_q8_32(weight_rows, q, d) if weight_type == "Q8_0" else dot_q8_256(weight_rows, weight_type, q, d)
+    y = (q.astype(np.float64).reshape(T, -1, 32) * d[..., None]).reshape(T, -1)
+    products, offsets = expand(np.ascontiguousarray(weight_rows).reshape(R, y.shape[1] // BLOCK_OF[weight_type], -1), weight_type)
+    return y @ products.reshape(R, -1).T - y @ offsets.reshape(R, -1).T
 
 
 def dequantize(data, weight_type):

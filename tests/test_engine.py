@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ReferenceModel, RopeScaling, logit_statistics, relative_l2, rope_cos_sin
-from tiny_models import TinyConfig, make_vocabulary, random_token_ids, tensor_digest, write_tiny_model
+from reference import BLOCK_OF, ReferenceModel, RopeScaling, logit_statistics, relative_l2, rope_cos_sin
+from tiny_models import MIXES, TinyConfig, make_vocabulary, random_token_ids, tensor_digest, write_tiny_model
 
 from ferrum.errors import (Cancelled, ContextFull, EngineClosed, KVPoolExhausted, LogitRowsExceeded, ModelFileError, OptionError, StaleLogits,
                            UnknownSequence, UnsupportedModelError)
@@ -98,7 +98,7 @@ def test_float_model_equals_the_reference(model, case):
     assert np.median(relative_l2(ReferenceModel(file.paths[0], kv_type="f16").logits(tokens), f16)) < 3e-4
 
 
-@pytest.mark.parametrize("types,tied", [("Q8_0", False), ("Q4_K", False), ("Q6_K", False), ("Q4_K_M", False), ("Q4_K_M", True)])
+@pytest.mark.parametrize("types,tied", [*((kind, False) for kind in (*BLOCK_OF, *MIXES)), ("Q4_K_M", True)])
 def test_quantized_model_stays_near_the_reference(model, types, tied):
     """Near the reference with the same int8 and f16 roundings, which part ways by their ties only; near the one without any roundings where the
     model itself is not what spreads them (tied: random embeddings far smaller than what the layers add)."""
@@ -785,12 +785,12 @@ def altered(file, change=None, remove=(), add=(), metadata=None):
 
 def test_unsupported_types_are_refused_by_name_before_memory_is_taken(model):
     file = model()
-    experts = {name: {"type_id": 2, "type_name": "Q4_0"} for name in file.tensors if "exps" in name}
+    experts = {name: {"type_id": 16, "type_name": "IQ2_XXS"} for name in file.tensors if "exps" in name}
     wrong = altered(file, {**experts, "blk.1.attn_q.weight": {"type_id": 99, "type_name": "type 99"}})
     for load in (lambda: Engine(wrong, threads=1, kv_tokens=1 << 30), lambda: plan(wrong)):
-        with pytest.raises(UnsupportedModelError, match=r"Q4_0 \(6 tensors, such as blk\.\d\.ffn_\w+_exps\.weight\), type 99 \(1 tensor: blk\.1\.attn_q\.weight\)") as raised:
+        with pytest.raises(UnsupportedModelError, match=r"IQ2_XXS \(6 tensors, such as blk\.\d\.ffn_\w+_exps\.weight\), type 99 \(1 tensor: blk\.1\.attn_q\.weight\)") as raised:
             load()
-        for supported in ("F32", "F16", "BF16", "Q8_0", "Q4_K", "Q6_K"):
+        for supported in ("F32", "F16", "BF16", *BLOCK_OF):
             assert supported in str(raised.value)
 
 

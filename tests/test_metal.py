@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import ReferenceModel, relative_l2
-from tiny_models import TinyConfig, random_token_ids, write_tiny_model
+from reference import BLOCK_OF, ReferenceModel, relative_l2
+from tiny_models import MIXES, TinyConfig, random_token_ids, write_tiny_model
 
 from ferrum.errors import DeviceError, OutOfMemory
 from ferrum.gguf_file import GGUFFile
@@ -76,7 +76,7 @@ def all_rows(engine, tokens, sequence=0):
     return np.array(engine.prefill(sequence, tokens, logits="all"))
 
 
-@pytest.mark.parametrize("types,config", [("F32", SMALL), ("F16", SMALL), ("BF16", SMALL), ("Q8_0", SMALL), ("Q4_K", WIDE), ("Q6_K", WIDE), ("Q4_K_M", WIDE)])
+@pytest.mark.parametrize("types,config", [*((kind, SMALL) for kind in ("F32", "F16", "BF16")), *((kind, SMALL if BLOCK_OF[kind] == 32 else WIDE) for kind in BLOCK_OF), *((mix, WIDE) for mix in MIXES)])
 def test_a_tiny_model_equals_the_reference(model, types, config):
     file, tokens = model(types, config), random_token_ids(config, 40)
     expected = ReferenceModel(file.paths[0]).logits(tokens)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from metal_runner import mslc, run
 from reference import BLOCK_OF, dequantize, experts_down, experts_gate_up, silu
-from tiny_models import random_tensor
+from tiny_models import random_tensor, set_block_scale
 
 if not mslc.find_clang():
     pytest.skip("no clang++ of version 15 or later: apt-get install --no-install-recommends clang-19", allow_module_level=True)
 
-TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_K", "Q6_K")}
-FLOAT_COLS = (1, 31, 36, 32, 33, 257)
-COLS = {"F32": FLOAT_COLS, "F16": FLOAT_COLS, "BF16": FLOAT_COLS, "Q8_0": (32, 64, 96, 288), "Q4_K": (768, 256, 512, 1280), "Q6_K": (768, 256, 512)}
+TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "BF16", *BLOCK_OF)}
+COLS_OF_BLOCK = {1: (1, 31, 36, 32, 33, 257), 32: (32, 64, 96, 288), 256: (768, 256, 512, 1280)}
+COLS = {kind: COLS_OF_BLOCK[BLOCK_OF.get(kind, 1)] for kind in TYPES}
 TOLERANCE = 1e-6  # of the sum of the products' magnitudes
 PADDING = 2       # rows after those that exist
 
@@ -209,17 +209,10 @@ def test_linear_puts_weights_of_different_types_side_by_side(runner, kernel, kin
 
 @pytest.mark.parametrize("kind", BLOCK_OF)
 def test_products_of_blocks_with_every_field_at_its_limit(runner, kind):
-    size, cols = {"Q8_0": 34, "Q4_K": 144, "Q6_K": 210}[kind], 2 * BLOCK_OF[kind]
-    one = np.array([1.0], dtype="<f2").view(np.uint8)
-    x = random_rows(3, cols)
+    x = random_rows(3, 2 * BLOCK_OF[kind])
     for fill in (0x00, 0x5A, 0x7F, 0x80, 0xA5, 0xFF):
-        raw = np.full((3, 2, size), fill, dtype=np.uint8)
-        if kind == "Q6_K":
-            raw[..., 208:210] = one
-        else:
-            raw[..., 0:2] = one
-        if kind == "Q4_K":
-            raw[..., 2:4] = one
+        raw = np.full((3, 2, gguf.GGML_QUANT_SIZES[TYPES[kind]][1]), fill, dtype=np.uint8)
+        set_block_scale(raw, kind, np.ones((3, 2)), minimum_per_scale=1)
         weight = Weight.of(kind, raw.reshape(3, -1))
         expected, magnitude = x.astype(np.float64) @ weight.values.T, np.abs(x).astype(np.float64) @ np.abs(weight.values).T
         for kernel in ("linear_gemv_c2", "linear_gemm"):

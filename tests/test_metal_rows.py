@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from reference import attention, log_sum_exp, qk_norm_rope, rms_normalise, rope_cos_sin, route, softmax
+from reference import BLOCK_OF, attention, log_sum_exp, qk_norm_rope, rms_normalise, rope_cos_sin, route, softmax
 
 try:
     import metal_runner
@@ -374,14 +374,14 @@ def test_route_groups_skewed_experts_into_full_tiles(launch, skew):
         assert (ids[:, 0] == 5).all()
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *BLOCK_OF])
 def test_route_multiplies_with_a_router_of_any_type(launch, kind):
     gguf = pytest.importorskip("gguf")
     from reference import dequantize
     from tiny_models import random_tensor
 
     experts, top_k = 50, 6
-    for cols in (256, 512) if kind in ("Q4_K", "Q6_K") else (32, 96) if kind == "Q8_0" else SIZES:
+    for cols in (BLOCK_OF[kind], 2 * BLOCK_OF[kind]) if kind in BLOCK_OF else SIZES:
         raw = random_tensor(kind, (experts, cols), 0.3, np.random.default_rng(cols))
         values = dequantize(raw, kind).reshape(experts, cols)
         x = random_rows(9, cols, 7)

@@ -8,9 +8,9 @@ import os
 import gguf
 import numpy as np
 import pytest
-from reference import (BLOCK_OF, as_quantized, attention, dequantize, dot_quantized, experts_down, experts_gate_up, log_sum_exp, qk_norm_rope,
-                       quantize_activations, rms_normalise, rope_cos_sin, route, silu, softmax, top_candidates, unpack_q4_k, unpack_q6_k)
-from tiny_models import random_tensor
+from reference import (BLOCK_OF, as_quantized, attention, dequantize, dot_quantized, expand, experts_down, experts_gate_up, log_sum_exp, qk_norm_rope,
+                       quantize_activations, rms_normalise, rope_cos_sin, route, silu, softmax, top_candidates)
+from tiny_models import random_tensor, set_block_scale
 
 from ferrum.errors import DeviceError
 from ferrum_native import _native
@@ -18,9 +18,8 @@ from ferrum_native import _native
 EPS = float(np.finfo(np.float32).eps)
 MATMUL_TOLERANCE = 1e-5  # of the sum of the products' magnitudes
 FLOAT_SUMS_TOLERANCE = 1e-6  # of a log-sum-exp whose exponentials are float32
-TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_K", "Q6_K")}
-FLOAT_COLS = (1, 31, 32, 33, 257)
-COLS = {"F32": FLOAT_COLS, "F16": FLOAT_COLS, "BF16": FLOAT_COLS, "Q8_0": (32, 64, 96), "Q4_K": (256, 512, 768), "Q6_K": (256, 512, 768)}
+TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "BF16", *BLOCK_OF)}
+COLS = {kind: (BLOCK_OF[kind], 2 * BLOCK_OF[kind], 3 * BLOCK_OF[kind]) if kind in BLOCK_OF else (1, 31, 32, 33, 257) for kind in TYPES}
 ROWS = (1, 3, 16, 17, 33)
 COLUMNS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
 
@@ -132,19 +131,11 @@ def test_embed_gives_the_rows_of_the_table(backend, kind):
         table = WeightCase(runner, kind, (37, cols))
         ids = [36, 0, 5, 5, 17]
         got = runner.embed(table.placed, ids)
-        if kind not in ("Q4_K", "Q6_K"):
+        if BLOCK_OF.get(kind) != 256:
             assert same_bits(got, table.values.astype(np.float32)[ids])
             continue
-        blocks = np.ascontiguousarray(table.raw[ids]).reshape(len(ids), cols // 256, -1)
-        if kind == "Q4_K":
-            q, scales, minima, d, dmin = unpack_q4_k(blocks)
-            products, offsets = q * (d[..., None] * scales)[..., None], (dmin[..., None] * minima)[..., None]
-            expected, size = products - offsets, np.abs(products) + np.abs(offsets)
-        else:
-            q, scales, d = unpack_q6_k(blocks)
-            expected = q * (d[..., None] * scales)[..., None]
-            size = np.abs(expected)
-        assert_close(got, expected.reshape(got.shape), 2 * EPS * size.reshape(got.shape))
+        products, offsets = expand(np.ascontiguousarray(table.raw[ids]).reshape(len(ids), cols // 256, -1), kind)
+        assert_close(got, (products - offsets).reshape(got.shape), 2 * EPS * (np.abs(products) + np.abs(offsets)).reshape(got.shape))
 
 
 # norm
@@ -232,7 +223,7 @@ def test_linear_of_any_rows_and_columns(backend, kind, activations, threads):
                 assert backend.alike(runner.linear(x[:columns], [part]), full[:columns, :rows], size[:columns, :rows]), f"{kind} k={cols}: {rows} rows, {columns} columns"
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", BLOCK_OF)
 def test_linear_is_exact_up_to_float_sums_on_packed_activations(backend, kind):
     """Within a block everything is an integer, so the only roundings are those of one chain of block sums."""
     if not backend.packs:
@@ -261,12 +252,12 @@ def test_linear_of_more_columns_than_one_tile_holds(backend, kind):
 def test_linear_puts_weights_of_different_types_side_by_side(backend, activations):
     runner = backend(threads=2, activations=activations)
     x = random_rows(5, 512)
-    for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "F32", "Q4_K"), ("F16", "BF16"), ("Q6_K", "Q8_0")):
+    for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "F32", "Q4_K"), ("F16", "BF16"), ("Q6_K", "Q8_0"), ("Q5_K", "Q5_K", "Q6_K")):
         weights = [WeightCase(runner, kind, (rows, 512), seed=rows).placed for kind, rows in zip(kinds, (48, 17, 9))]
         assert same_bits(runner.linear(x, weights), np.hstack([runner.linear(x, [weight]) for weight in weights])), kinds
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", BLOCK_OF)
 def test_linear_of_extreme_activations(backend, kind):
     """Blocks of zeros, one spike, the largest int8 products of both signs, large and tiny values."""
     runner = backend()
@@ -284,21 +275,14 @@ def test_linear_of_extreme_activations(backend, kind):
     assert_close(got, expected, MATMUL_TOLERANCE * size + 1e-37)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", BLOCK_OF)
 def test_linear_of_blocks_with_every_field_at_its_limit(backend, kind):
     """The widest integers of the format: no product overflows its accumulator."""
     runner = backend()
     blocks = 3
     for fill in (0x00, 0x7F, 0x80, 0xFF):
-        size = {"Q8_0": 34, "Q4_K": 144, "Q6_K": 210}[kind]
-        raw = np.full((9, blocks, size), fill, dtype=np.uint8)
-        one = np.array([1.0], dtype="<f2").view(np.uint8)
-        if kind == "Q6_K":
-            raw[..., 208:210] = one
-        else:
-            raw[..., 0:2] = one
-            if kind == "Q4_K":
-                raw[..., 2:4] = one
+        raw = np.full((9, blocks, gguf.GGML_QUANT_SIZES[TYPES[kind]][1]), fill, dtype=np.uint8)
+        set_block_scale(raw, kind, np.ones((9, blocks)), minimum_per_scale=1)
         raw = raw.reshape(9, -1)
         cols = blocks * BLOCK_OF[kind]
         for sign in (1, -1):
@@ -582,7 +566,7 @@ def expert_choices(rows, experts, top_k, skewed):
     return np.array([[1, *rng.permutation(others)[:top_k - 1]] for _ in range(rows)])
 
 
-EXPERT_SHAPES = [("F32", 33, 31), ("F16", 64, 40), ("BF16", 32, 65), ("Q8_0", 64, 96), ("Q8_0", 96, 32), ("Q4_K", 256, 256), ("Q6_K", 512, 256)]
+EXPERT_SHAPES = [("F32", 33, 31), ("F16", 64, 40), ("BF16", 32, 65), ("Q8_0", 64, 96), ("Q8_0", 96, 32), ("Q4_K", 256, 256), ("Q6_K", 512, 256), ("Q5_K", 256, 512)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -630,7 +614,7 @@ def test_experts_down_sums_in_the_order_of_k(backend, kind, hidden, width, activ
             assert backend.alike(alone[0], got[row])
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", BLOCK_OF)
 def test_experts_of_many_tokens_on_one_expert(backend, kind):
     """More pairs of one expert than a tile holds."""
     runner = backend(threads=2)

@@ -153,7 +153,7 @@ def test_top_candidates_excludes_padding_and_takes_equal_logits_by_id():
     assert top.log_sum_exp_at_temperature[0] == pytest.approx(math.log(2 * math.exp(1.5) + math.exp(1.25) + 1))
 
 
-@pytest.mark.parametrize("weight_type", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("weight_type", reference.BLOCK_OF)
 def test_quantized_dot_equals_the_product_of_expanded_values(weight_type):
     rng = np.random.default_rng(6)
     rows = random_tensor(weight_type, (33, 768), 0.05, rng)
@@ -183,7 +183,7 @@ def test_a_large_value_costs_other_groups_of_32_at_most_an_eighth_of_its_step():
     assert d[0] == pytest.approx(100 / 127) and np.allclose(d[1:], 100 / 127 / 8)
 
 
-@pytest.mark.parametrize("weight_type", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("weight_type", reference.BLOCK_OF)
 def test_random_blocks_have_the_spread_asked_for(weight_type):
     values = reference.dequantize(random_blocks(weight_type, (4, 16, 512), 0.02, np.random.default_rng(8)), weight_type)
     assert values.shape == (4, 16, 512) and values.std() == pytest.approx(0.02, rel=0.02) and abs(values.mean()) < 1e-3

@@ -1,7 +1,7 @@
 """Small random GGUF files of arch qwen3moe, equal for equal seeds: everything a real file has, in a megabyte or a few.
 
-Weights are scaled so that activations stay near 1 and logits spread with a standard deviation of about 2.5. K-quant tensors are random blocks that
-use every bit pattern of the format; other types are the rounded values of Gaussian weights.
+Weights are scaled so that activations stay near 1 and logits spread with a standard deviation of about 2.5. Tensors of quantized types but Q8_0 are random
+blocks that use every bit pattern of the format; others are the rounded values of Gaussian weights.
 """
 from __future__ import annotations
 
@@ -89,13 +89,20 @@ def random_token_ids(config, count, seed=0):
     return np.random.default_rng(seed).integers(0, make_vocabulary(config.vocab).num_normal, count).tolist()
 
 
+SCALE_PLACES = {"Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Quantized types: where a block's float16 d lies, and its minimum's (dmin, or m of the types with blocks of 32)."""
+
+MINIMUM_PER_SCALE = {"Q4_K": 7.5, "Q5_K": 15.5}
+"""dmin / d with which a mean minimum meets a mean product."""
+
+
 def random_blocks(weight_type, shape, std, rng):
-    """Random valid Q4_K or Q6_K blocks, uint8 [..., bytes of a row], whose values have mean about 0 and standard deviation `std`."""
-    columns = shape[-1]
-    if columns % 256:
-        raise ValueError(f"{weight_type} rows are multiples of 256 values, got {columns}")
-    count = int(np.prod(shape)) // 256
-    blocks = np.frombuffer(rng.bytes(count * {"Q4_K": 144, "Q6_K": 210}[weight_type]), dtype=np.uint8).reshape(count, -1).copy()
+    """Random valid blocks, uint8 [..., bytes of a row], whose values have mean about 0 and standard deviation `std`."""
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[weight_type]]
+    if shape[-1] % block_weights:
+        raise ValueError(f"{weight_type} rows are multiples of {block_weights} values, got {shape[-1]}")
+    count = int(np.prod(shape)) // block_weights
+    blocks = np.frombuffer(rng.bytes(count * block_bytes), dtype=np.uint8).reshape(count, -1).copy()
     spread = rng.uniform(0.8, 1.25, count)
     set_block_scale(blocks, weight_type, spread)
     with np.errstate(all="ignore"):
@@ -104,25 +111,27 @@ def random_blocks(weight_type, shape, std, rng):
     return blocks.reshape(*shape[:-1], -1)
 
 
-def set_block_scale(blocks, weight_type, d):
-    """Write the float16 scale d of each block; for Q4_K also dmin = 7.5 d, so that a mean minimum meets a mean product."""
-    if weight_type == "Q4_K":
-        blocks[:, 0:2] = d.astype("<f2").view(np.uint8).reshape(-1, 2)
-        blocks[:, 2:4] = (7.5 * d).astype("<f2").view(np.uint8).reshape(-1, 2)
-    else:
-        blocks[:, 208:210] = d.astype("<f2").view(np.uint8).reshape(-1, 2)
+def set_block_scale(blocks, weight_type, d, minimum_per_scale=None):
+    """Write the float16 scale d of blocks [..., bytes], and the scale of their minima where they have it."""
+    ratio = MINIMUM_PER_SCALE.get(weight_type) if minimum_per_scale is None else minimum_per_scale
+    for place, scale in zip(SCALE_PLACES[weight_type], (1.0, ratio)):
+        blocks[..., place:place + 2] = np.asarray(scale * d, dtype="<f2")[..., None].view(np.uint8)
 
 
 def random_tensor(weight_type, shape, std, rng):
     """Random weights of any supported type, as the array a GGUFWriter takes."""
-    if weight_type in ("Q4_K", "Q6_K"):
+    if weight_type in SCALE_PLACES and weight_type != "Q8_0":
         return random_blocks(weight_type, shape, std, rng)
     values = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[weight_type])
 
 
+MIXES = ("Q4_K_M", "Q5_K_M")
+"""Mixes of types in the files that people share."""
+
+
 def more_bits(layer, layers):
-    """Whether a Q4_K_M file keeps this layer's attn_v and ffn_down in Q6_K: the first and last eighth, and every third between."""
+    """Whether mixes keep this layer's attn_v and ffn_down in a larger type: the first and last eighth, and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
@@ -132,11 +141,16 @@ def type_of(name, types, config, tied):
     kind = parts[-2]
     if not isinstance(types, str):
         return types.get(name, types.get(kind, types.get("default", "F32")))
-    if types != "Q4_K_M":
+    if types not in MIXES:
         return types
     if kind == "output" or (kind == "token_embd" and tied):
         return "Q6_K"
-    return "Q6_K" if kind in ("attn_v", "ffn_down_exps") and more_bits(int(parts[1]), config.layers) else "Q4_K"
+    return type_in_mix(types, kind, int(parts[1]) if kind != "token_embd" else 0, config.layers)
+
+
+def type_in_mix(mix, kind, layer, layers):
+    """The type of a matrix but the output in a file of a mix of `MIXES`."""
+    return "Q6_K" if kind in ("attn_v", "ffn_down_exps") and more_bits(layer, layers) else mix.removesuffix("_M")
 
 
 def matrices(config, tied):
@@ -177,7 +191,7 @@ def float_tensors(config, rng):
 def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=False, rope_scaling=None, vocabulary=None):
     """Write a random model to `path` and return the path; without a `Vocabulary` it gets a small one, padded to its size.
 
-    types is 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K' for every matrix, 'Q4_K_M' for that mix of Q4_K and Q6_K, or a mapping (see `type_of`).
+    types is a type for every matrix, such as 'F32' or 'Q4_K', a mix of `MIXES` such as 'Q4_K_M', or a mapping (see `type_of`).
     tied leaves output.weight out. rope_scaling is a `reference.RopeScaling`.
     """
     rng = np.random.default_rng(seed)

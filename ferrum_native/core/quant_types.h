@@ -20,6 +20,7 @@ enum class ActivationForm : uint8_t {
   X(F16, type_id::f16, 1, 2, ActivationForm::Float)        \
   X(Q8_0, type_id::q8_0, 32, 34, ActivationForm::Q8_32)    \
   X(Q4_K, type_id::q4_k, 256, 144, ActivationForm::Q8_256) \
+  X(Q5_K, type_id::q5_k, 256, 176, ActivationForm::Q8_256) \
   X(Q6_K, type_id::q6_k, 256, 210, ActivationForm::Q8_256) \
   X(BF16, type_id::bf16, 1, 2, ActivationForm::Float)
 

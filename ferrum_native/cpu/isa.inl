@@ -15,6 +15,10 @@ namespace ferrum::cpu::FERRUM_ISA {
 #include "dot_q6_k.inl"
 #include "dot_q8_0.inl"
 
+#include "dot_sub_blocks.inl"
+
+#include "dot_q5_k.inl"
+
 #include "dot_float.inl"
 
 #include "attention.inl"
@@ -37,6 +41,7 @@ template <> struct ProductsOf<WeightType::F16> : ProductsOfFloats<WeightsF16> {}
 template <> struct ProductsOf<WeightType::BF16> : ProductsOfFloats<WeightsBF16> {};
 template <> struct ProductsOf<WeightType::Q8_0> : ProductsOfBlocks<dot_q8_0, dequantize_q8_0> {};
 template <> struct ProductsOf<WeightType::Q4_K> : ProductsOfBlocks<dot_q4_k, dequantize_q4_k> {};
+template <> struct ProductsOf<WeightType::Q5_K> : ProductsOfBlocks<dot_q5_k, dequantize_sub_blocks<BlockQ5_K>> {};
 template <> struct ProductsOf<WeightType::Q6_K> : ProductsOfBlocks<dot_q6_k, dequantize_q6_k> {};
 
 constexpr Kernels make_kernels(const char* name) {

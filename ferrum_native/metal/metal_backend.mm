@@ -12,7 +12,7 @@
 namespace ferrum::metal {
 namespace {
 
-/// What kernels ask of a weight's address: vector loads of Q4_K blocks and of float rows.
+/// What kernels ask of a weight's address: vector loads of blocks and of float rows.
 size_t alignment(WeightType type) {
   switch (type) {
     case WeightType::Q8_0:
@@ -20,7 +20,8 @@ size_t alignment(WeightType type) {
     case WeightType::F16:
     case WeightType::BF16: return 8;
     case WeightType::F32:
-    case WeightType::Q4_K: return 16;
+    case WeightType::Q4_K:
+    case WeightType::Q5_K: return 16;
   }
   return 16;
 }

@@ -7,7 +7,7 @@ namespace ferrum {
 
 /// Type ids of the GGUF format.
 namespace type_id {
-enum { f32 = 0, f16 = 1, q8_0 = 8, q4_k = 12, q6_k = 14, bf16 = 30 };
+enum { f32 = 0, f16 = 1, q8_0 = 8, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
 }
 
 /// 32 weights: w = d * q. 2-byte aligned only.
@@ -27,6 +27,16 @@ struct BlockQ4_K {
   uint8_t q[128];
 };
 static_assert(sizeof(BlockQ4_K) == 144, "BlockQ4_K is packed");
+
+/// 256 weights in 8 sub-blocks of 32: w = d * scale[s] * q - dmin * min[s], q in 0..31; `scales` as in BlockQ4_K. Rows keep blocks 16-byte aligned.
+/// `q`: the low four bits as in BlockQ4_K. `high`: bit s of byte i is the fifth bit of weight i of sub-block s.
+struct BlockQ5_K {
+  uint16_t d, dmin;
+  uint8_t scales[12];
+  uint8_t high[32];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockQ5_K) == 176, "BlockQ5_K is packed");
 
 /// 256 weights in 16 sub-blocks of 16: w = d * scales[s] * (q - 32), q in 0..63.
 /// Half h (128 weights), group g of 32 in it, lane l: low four bits are in ql[64 h + 32 (g & 1) + l] (low nibble for g < 2, high
