@@ -32,6 +32,45 @@ struct Q8_0 {
   }
 };
 
+/// 32 weights of a block's 256: 4 neighbours in each of the 4 groups of both halves, in 2 x 4 bytes; 8 lanes share the scales.
+struct Q2_K {
+  enum { quads = 8, aligned = 1 };
+  static uint units(int cols) { return uint(cols) / 32; }
+  static uint at(uint unit, uint quad) { return 256 * (unit / 8) + 32 * quad + 4 * (unit % 8); }
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ2_K* block = (device const BlockQ2_K*)row + unit / 8;
+    const uint lane = unit % 8;
+    device const uint* q = (device const uint*)block->q + lane;
+    device const uint8_t* scales = block->scales + lane / 4;
+    const float d = float(as_type<half>(block->d)), dmin = float(as_type<half>(block->dmin));
+    for (uint quad = 0; quad < 8; ++quad) {
+      const uint both = scales[2 * quad];
+      w[quad] = d * float(both & 15u) * bytes_as_floats((q[8 * (quad / 4)] >> (2 * (quad % 4))) & 0x03030303u) - dmin * float(both >> 4);
+    }
+  }
+};
+
+/// 32 weights of a block's 256: as Q2_K, with third bits in the same 4 bytes for all 8.
+struct Q3_K {
+  enum { quads = 8, aligned = 1 };
+  static uint units(int cols) { return uint(cols) / 32; }
+  static uint at(uint unit, uint quad) { return 256 * (unit / 8) + 32 * quad + 4 * (unit % 8); }
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ3_K* block = (device const BlockQ3_K*)row + unit / 8;
+    const uint lane = unit % 8;
+    device const ushort* q = (device const ushort*)block->q + 2 * lane;
+    const uint low[2] = {two_shorts(q), two_shorts(q + 16)};
+    const uint high = two_shorts((device const ushort*)block->high + 2 * lane);
+    const float d = float(as_type<half>(block->d));
+    for (uint quad = 0; quad < 8; ++quad) {
+      const uint s = 2 * quad + lane / 4;
+      const uint scale = ((uint(block->scales[s % 8]) >> (4 * (s / 8))) & 15u) | ((uint(block->scales[8 + s % 4]) >> (2 * (s / 4))) & 3u) << 4;
+      const uint values = ((low[quad / 4] >> (2 * (quad % 4))) & 0x03030303u) | ((high >> quad) & 0x01010101u) << 2;
+      w[quad] = d * (float(scale) - 32.f) * (bytes_as_floats(values) - 4.f);
+    }
+  }
+};
+
 /// 32 weights of a block's 256: 16 bytes, whose low nibbles are in one sub-block and whose high nibbles are in the next; 8 lanes share the header.
 struct Q4_K {
   enum { quads = 8, aligned = 1 };
@@ -163,6 +202,8 @@ inline bool pipeline_has(int type) { return weight_type_0 == type || weight_type
 /// Runs a statement in which `Format` is the format of weights of `type` with `cols` columns.
 #define FERRUM_WITH_FORMAT(type, cols, ...)                                                                                       \
   if (pipeline_has(type_id::q4_k) && (type) == type_id::q4_k) { typedef Q4_K Format; __VA_ARGS__; }                               \
+  else if (pipeline_has(type_id::q2_k) && (type) == type_id::q2_k) { typedef Q2_K Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::q3_k) && (type) == type_id::q3_k) { typedef Q3_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q5_k) && (type) == type_id::q5_k) { typedef Q5_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q6_k) && (type) == type_id::q6_k) { typedef Q6_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q8_0) && (type) == type_id::q8_0) { typedef Q8_0 Format; __VA_ARGS__; }                          \

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK_OF = {"Q8_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+BLOCK_OF = {"Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 """Quantized weight types, and how many activations share one float scale when they meet weights of that type."""
 
 MAX_FACTOR = 8
@@ -292,8 +292,38 @@ def unpack_q6_k(blocks):
     return q.reshape(*shape, 16, 16), blocks[..., 192:208].view(np.int8).astype(np.int64), float16_values(blocks[..., 208:210])
 
 
-WITH_MINIMA = {"Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
-WITHOUT_MINIMA = {"Q6_K": unpack_q6_k}
+def two_bit_values(low):
+    """Of 128 weights the g-th 32 are bits 2g and 2g + 1 of 32 bytes: uint8 [..., 64] -> int64 [..., 8, 32]."""
+    halves = low.astype(np.int64).reshape(*low.shape[:-1], 2, 1, 32)
+    return (halves >> np.array([0, 2, 4, 6])[:, None] & 3).reshape(*low.shape[:-1], 8, 32)
+
+
+def unpack_q2_k(blocks):
+    """block_q2_K {u8 scales[16], low[64]; f16 d, dmin}: uint8 [..., 84] -> (q [..., 16, 16], scales [..., 16], minima [..., 16], d, dmin).
+
+    The weights are d * scale * q - dmin * minimum; scales are the low nibbles of their bytes, minima the high ones.
+    """
+    packed = blocks[..., :16].astype(np.int64)
+    q = two_bit_values(blocks[..., 16:80]).reshape(*blocks.shape[:-1], 16, 16)
+    return q, packed & 15, packed >> 4, float16_values(blocks[..., 80:82]), float16_values(blocks[..., 82:84])
+
+
+def unpack_q3_k(blocks):
+    """block_q3_K {u8 high[32], low[64], scales[12]; f16 d}: uint8 [..., 110] -> (q [..., 16, 16] in -4..3, scales [..., 16] in -32..31, d).
+
+    The weights are d * scale * q. The third bit of weight i of the n-th 32 is bit n of high[i]. Of the six bits of a scale the lower four are the
+    nibbles of bytes 0-7, first the low ones, then the high ones; the upper two of scales 4n to 4n + 3 are bits 2n and 2n + 1 of bytes 8-11.
+    """
+    shape, packed = blocks.shape[:-1], blocks[..., 96:108].astype(np.int64)
+    third = blocks[..., None, :32].astype(np.int64) >> np.arange(8)[:, None] & 1
+    q = (two_bit_values(blocks[..., 32:96]) | third << 2) - 4
+    lower = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
+    upper = (packed[..., None, 8:] >> np.array([0, 2, 4, 6])[:, None] & 3).reshape(*shape, 16)
+    return q.reshape(*shape, 16, 16), (lower | upper << 4) - 32, float16_values(blocks[..., 108:110])
+
+
+WITH_MINIMA = {"Q2_K": unpack_q2_k, "Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
+WITHOUT_MINIMA = {"Q3_K": unpack_q3_k, "Q6_K": unpack_q6_k}
 
 
 def expand(blocks, weight_type):

@@ -89,10 +89,10 @@ def random_token_ids(config, count, seed=0):
     return np.random.default_rng(seed).integers(0, make_vocabulary(config.vocab).num_normal, count).tolist()
 
 
-SCALE_PLACES = {"Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALE_PLACES = {"Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Quantized types: where a block's float16 d lies, and its minimum's (dmin, or m of the types with blocks of 32)."""
 
-MINIMUM_PER_SCALE = {"Q4_K": 7.5, "Q5_K": 15.5}
+MINIMUM_PER_SCALE = {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
 """dmin / d with which a mean minimum meets a mean product."""
 
 
@@ -126,7 +126,7 @@ def random_tensor(weight_type, shape, std, rng):
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[weight_type])
 
 
-MIXES = ("Q4_K_M", "Q5_K_M")
+MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
 """Mixes of types in the files that people share."""
 
 
@@ -150,7 +150,12 @@ def type_of(name, types, config, tied):
 
 def type_in_mix(mix, kind, layer, layers):
     """The type of a matrix but the output in a file of a mix of `MIXES`."""
-    return "Q6_K" if kind in ("attn_v", "ffn_down_exps") and more_bits(layer, layers) else mix.removesuffix("_M")
+    more = kind in ("attn_v", "ffn_down_exps") and more_bits(layer, layers)
+    if mix == "Q3_K_M":
+        if kind == "attn_v":
+            return "Q5_K" if layer < 2 else "Q4_K"
+        return "Q4_K" if kind == "attn_output" or more else "Q3_K"
+    return "Q6_K" if more else mix.removesuffix("_M")
 
 
 def matrices(config, tied):

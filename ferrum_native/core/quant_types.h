@@ -19,6 +19,8 @@ enum class ActivationForm : uint8_t {
   X(F32, type_id::f32, 1, 4, ActivationForm::Float)        \
   X(F16, type_id::f16, 1, 2, ActivationForm::Float)        \
   X(Q8_0, type_id::q8_0, 32, 34, ActivationForm::Q8_32)    \
+  X(Q2_K, type_id::q2_k, 256, 84, ActivationForm::Q8_256)  \
+  X(Q3_K, type_id::q3_k, 256, 110, ActivationForm::Q8_256) \
   X(Q4_K, type_id::q4_k, 256, 144, ActivationForm::Q8_256) \
   X(Q5_K, type_id::q5_k, 256, 176, ActivationForm::Q8_256) \
   X(Q6_K, type_id::q6_k, 256, 210, ActivationForm::Q8_256) \

@@ -17,6 +17,8 @@ namespace ferrum::cpu::FERRUM_ISA {
 
 #include "dot_sub_blocks.inl"
 
+#include "dot_q2_k.inl"
+#include "dot_q3_k.inl"
 #include "dot_q5_k.inl"
 
 #include "dot_float.inl"
@@ -40,6 +42,8 @@ template <> struct ProductsOf<WeightType::F32> : ProductsOfFloats<WeightsF32> {}
 template <> struct ProductsOf<WeightType::F16> : ProductsOfFloats<WeightsF16> {};
 template <> struct ProductsOf<WeightType::BF16> : ProductsOfFloats<WeightsBF16> {};
 template <> struct ProductsOf<WeightType::Q8_0> : ProductsOfBlocks<dot_q8_0, dequantize_q8_0> {};
+template <> struct ProductsOf<WeightType::Q2_K> : ProductsOfBlocks<dot_q2_k, dequantize_sub_blocks<BlockQ2_K>> {};
+template <> struct ProductsOf<WeightType::Q3_K> : ProductsOfBlocks<dot_q3_k, dequantize_sub_blocks<BlockQ3_K>> {};
 template <> struct ProductsOf<WeightType::Q4_K> : ProductsOfBlocks<dot_q4_k, dequantize_q4_k> {};
 template <> struct ProductsOf<WeightType::Q5_K> : ProductsOfBlocks<dot_q5_k, dequantize_sub_blocks<BlockQ5_K>> {};
 template <> struct ProductsOf<WeightType::Q6_K> : ProductsOfBlocks<dot_q6_k, dequantize_q6_k> {};

@@ -5,6 +5,8 @@ namespace ferrum::cpu::tuning {
 
 /// From this many columns on, 16 weight rows are unpacked into scratch, block by block, and reused over all columns;
 /// below, 8 rows are unpacked in registers for up to 4 columns at a time.
+inline constexpr int tile_columns_q2_k = 6;
+inline constexpr int tile_columns_q3_k = 6;
 inline constexpr int tile_columns_q4_k = 8;
 inline constexpr int tile_columns_q5_k = 6;
 inline constexpr int tile_columns_q6_k = 6;

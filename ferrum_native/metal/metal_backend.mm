@@ -16,7 +16,9 @@ namespace {
 size_t alignment(WeightType type) {
   switch (type) {
     case WeightType::Q8_0:
+    case WeightType::Q3_K:
     case WeightType::Q6_K: return 2;
+    case WeightType::Q2_K: return 4;
     case WeightType::F16:
     case WeightType::BF16: return 8;
     case WeightType::F32:

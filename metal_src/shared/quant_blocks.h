@@ -7,7 +7,7 @@ namespace ferrum {
 
 /// Type ids of the GGUF format.
 namespace type_id {
-enum { f32 = 0, f16 = 1, q8_0 = 8, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
+enum { f32 = 0, f16 = 1, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
 }
 
 /// 32 weights: w = d * q. 2-byte aligned only.
@@ -16,6 +16,26 @@ struct BlockQ8_0 {
   int8_t q[32];
 };
 static_assert(sizeof(BlockQ8_0) == 34, "BlockQ8_0 is packed");
+
+/// 256 weights in 16 sub-blocks of 16: w = d * scale[s] * q - dmin * min[s], q in 0..3. Rows keep blocks 4-byte aligned.
+/// `scales`: scale[s] in the low four bits, min[s] in the high four. `q`: bits 2 g of byte 32 h + l hold weight 128 h + 32 g + l.
+struct BlockQ2_K {
+  uint8_t scales[16];
+  uint8_t q[64];
+  uint16_t d, dmin;
+};
+static_assert(sizeof(BlockQ2_K) == 84, "BlockQ2_K is packed");
+
+/// 256 weights in 16 sub-blocks of 16: w = d * (scale[s] - 32) * (q - 4), q in 0..7. 2-byte aligned only.
+/// `q`: the low two bits as in BlockQ2_K. `high`: bit n of byte l is the third bit of weight 32 n + l.
+/// `scales`: the low four bits of scale[s] are a nibble of scales[s % 8], the low one for s < 8; the upper two are bits 2 (s / 4) of scales[8 + s % 4].
+struct BlockQ3_K {
+  uint8_t high[32];
+  uint8_t q[64];
+  uint8_t scales[12];
+  uint16_t d;
+};
+static_assert(sizeof(BlockQ3_K) == 110, "BlockQ3_K is packed");
 
 /// 256 weights in 8 sub-blocks of 32: w = d * scale[s] * q - dmin * min[s]. Rows of a file's tensor keep blocks 16-byte aligned.
 /// `q`: byte 32 j + i holds weight i of sub-block 2 j in its low nibble and of sub-block 2 j + 1 in its high nibble.
