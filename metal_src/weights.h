@@ -19,6 +19,51 @@ namespace ferrum {
 inline float4 bytes_as_floats(uint bytes) { return float4(as_type<uchar4>(bytes)); }
 inline uint two_shorts(device const ushort* at) { return uint(at[0]) | uint(at[1]) << 16; }
 
+/// 16 weights of a block's 32: two times 8, whose low four bits are in 8 bytes.
+struct HalfBlock {
+  enum { quads = 4, aligned = 1 };
+  static uint units(int cols) { return uint(cols) / 16; }
+  static uint at(uint unit, uint quad) { return 32 * (unit / 2) + 16 * (quad / 2) + 8 * (unit % 2) + 4 * (quad % 2); }
+
+  /// The stored numbers of `unit`; `high` are the fifth bits of the block's weights.
+  static float4 numbers(device const uint8_t* stored, uint unit, uint quad, uint high) {
+    const uint low = two_shorts((device const ushort*)stored + 4 * (unit % 2) + 2 * (quad % 2)) >> (4 * (quad / 2));
+    const uint bits = high >> (at(unit, quad) % 32);
+    const uint fifth = (bits & 1u) | (bits & 2u) << 7 | (bits & 4u) << 14 | (bits & 8u) << 21;  // one bit in each byte
+    return bytes_as_floats((low & 0x0f0f0f0fu) | fifth << 4);
+  }
+};
+struct Q4_0 : HalfBlock {
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ4_0* block = (device const BlockQ4_0*)row + unit / 2;
+    const float d = float(as_type<half>(block->d));
+    for (uint quad = 0; quad < 4; ++quad) w[quad] = d * (numbers(block->q, unit, quad, 0) - 8.f);
+  }
+};
+struct Q4_1 : HalfBlock {
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ4_1* block = (device const BlockQ4_1*)row + unit / 2;
+    const float d = float(as_type<half>(block->d)), m = float(as_type<half>(block->m));
+    for (uint quad = 0; quad < 4; ++quad) w[quad] = d * numbers(block->q, unit, quad, 0) + m;
+  }
+};
+struct Q5_0 : HalfBlock {
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ5_0* block = (device const BlockQ5_0*)row + unit / 2;
+    const float d = float(as_type<half>(block->d));
+    const uint high = two_shorts((device const ushort*)block->high);
+    for (uint quad = 0; quad < 4; ++quad) w[quad] = d * (numbers(block->q, unit, quad, high) - 16.f);
+  }
+};
+struct Q5_1 : HalfBlock {
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockQ5_1* block = (device const BlockQ5_1*)row + unit / 2;
+    const float d = float(as_type<half>(block->d)), m = float(as_type<half>(block->m));
+    const uint high = two_shorts((device const ushort*)block->high);
+    for (uint quad = 0; quad < 4; ++quad) w[quad] = d * numbers(block->q, unit, quad, high) + m;
+  }
+};
+
 /// 8 weights of a block's 32: four 2-byte loads.
 struct Q8_0 {
   enum { quads = 2, aligned = 1 };
@@ -207,6 +252,10 @@ inline bool pipeline_has(int type) { return weight_type_0 == type || weight_type
   else if (pipeline_has(type_id::q5_k) && (type) == type_id::q5_k) { typedef Q5_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q6_k) && (type) == type_id::q6_k) { typedef Q6_K Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q8_0) && (type) == type_id::q8_0) { typedef Q8_0 Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::q4_0) && (type) == type_id::q4_0) { typedef Q4_0 Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::q4_1) && (type) == type_id::q4_1) { typedef Q4_1 Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::q5_0) && (type) == type_id::q5_0) { typedef Q5_0 Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::q5_1) && (type) == type_id::q5_1) { typedef Q5_1 Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::f32) && (type) == type_id::f32) { FERRUM_WITH_FLOATS(F32, cols, __VA_ARGS__) }                   \
   else if (pipeline_has(type_id::f16) && (type) == type_id::f16) { FERRUM_WITH_FLOATS(F16, cols, __VA_ARGS__) }                   \
   else if (pipeline_has(type_id::bf16) && (type) == type_id::bf16) { FERRUM_WITH_FLOATS(BF16, cols, __VA_ARGS__) }

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK_OF = {"Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+BLOCK_OF = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 """Quantized weight types, and how many activations share one float scale when they meet weights of that type."""
 
 MAX_FACTOR = 8
@@ -246,6 +246,37 @@ def float16_values(raw):
     return np.ascontiguousarray(raw).view("<f2")[..., 0].astype(np.float64)
 
 
+def nibbles_of_32(low):
+    """Byte i holds weight i (low nibble) and 16 + i (high nibble): uint8 [..., 16] -> int64 [..., 32]."""
+    return np.concatenate([low & 15, low >> 4], axis=-1).astype(np.int64)
+
+
+def bits_of_32(high):
+    """Bit i of four bytes, little-endian: uint8 [..., 4] -> int64 [..., 32]."""
+    return np.unpackbits(high, axis=-1, bitorder="little").astype(np.int64)
+
+
+def unpack_q4_0(blocks):
+    """block_q4_0 {f16 d; u8 low[16]}: uint8 [..., 18] -> (q [..., 32] in -8..7, d [...])."""
+    return nibbles_of_32(blocks[..., 2:]) - 8, float16_values(blocks[..., :2])
+
+
+def unpack_q5_0(blocks):
+    """block_q5_0 {f16 d; u8 high[4], low[16]}: uint8 [..., 22] -> (q [..., 32] in -16..15, d [...])."""
+    return (nibbles_of_32(blocks[..., 6:]) | bits_of_32(blocks[..., 2:6]) << 4) - 16, float16_values(blocks[..., :2])
+
+
+def unpack_q4_1(blocks):
+    """block_q4_1 {f16 d, m; u8 low[16]}: uint8 [..., 20] -> (q [..., 32], d [...], m [...]). The weights are d * q + m."""
+    return nibbles_of_32(blocks[..., 4:]), float16_values(blocks[..., :2]), float16_values(blocks[..., 2:4])
+
+
+def unpack_q5_1(blocks):
+    """block_q5_1 {f16 d, m; u8 high[4], low[16]}: uint8 [..., 24] -> as `unpack_q4_1`."""
+    q = nibbles_of_32(blocks[..., 8:]) | bits_of_32(blocks[..., 4:8]) << 4
+    return q, float16_values(blocks[..., :2]), float16_values(blocks[..., 2:4])
+
+
 def unpack_q8_0(blocks):
     """block_q8_0 {f16 d; i8 q[32]}: uint8 [..., 34] -> (q [..., 32], d [...])."""
     return blocks[..., 2:34].view(np.int8).astype(np.int64), float16_values(blocks[..., :2])
@@ -322,15 +353,16 @@ def unpack_q3_k(blocks):
     return q.reshape(*shape, 16, 16), (lower | upper << 4) - 32, float16_values(blocks[..., 108:110])
 
 
+BLOCKS_OF_32 = {"Q4_0": unpack_q4_0, "Q4_1": unpack_q4_1, "Q5_0": unpack_q5_0, "Q5_1": unpack_q5_1, "Q8_0": unpack_q8_0}
 WITH_MINIMA = {"Q2_K": unpack_q2_k, "Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
 WITHOUT_MINIMA = {"Q3_K": unpack_q3_k, "Q6_K": unpack_q6_k}
 
 
 def expand(blocks, weight_type):
     """Weights as products - offsets, both float64 [..., weights of a block], of uint8 [..., bytes of a block]."""
-    if weight_type == "Q8_0":
-        q, d = unpack_q8_0(blocks)
-        return q * d[..., None], np.zeros(q.shape)
+    if weight_type in BLOCKS_OF_32:
+        q, d, *m = BLOCKS_OF_32[weight_type](blocks)
+        return q * d[..., None], np.broadcast_to(-m[0][..., None] if m else 0.0, q.shape)
     if weight_type in WITHOUT_MINIMA:
         q, scales, d = WITHOUT_MINIMA[weight_type](blocks)
         minima, dmin = np.zeros_like(scales), np.zeros_like(d)

@@ -89,11 +89,11 @@ def random_token_ids(config, count, seed=0):
     return np.random.default_rng(seed).integers(0, make_vocabulary(config.vocab).num_normal, count).tolist()
 
 
-SCALE_PLACES = {"Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALE_PLACES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Quantized types: where a block's float16 d lies, and its minimum's (dmin, or m of the types with blocks of 32)."""
 
-MINIMUM_PER_SCALE = {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
-"""dmin / d with which a mean minimum meets a mean product."""
+MINIMUM_PER_SCALE = {"Q4_1": -7.5, "Q5_1": -15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
+"""dmin / d, or m / d, with which the mean of a block is 0."""
 
 
 def random_blocks(weight_type, shape, std, rng):
@@ -104,6 +104,8 @@ def random_blocks(weight_type, shape, std, rng):
     count = int(np.prod(shape)) // block_weights
     blocks = np.frombuffer(rng.bytes(count * block_bytes), dtype=np.uint8).reshape(count, -1).copy()
     spread = rng.uniform(0.8, 1.25, count)
+    if weight_type in ("Q4_0", "Q5_0"):  # -8 has no counterpart, as 8 has none
+        spread *= rng.choice([-1, 1], count)
     set_block_scale(blocks, weight_type, spread)
     with np.errstate(all="ignore"):
         spread *= std / np.sqrt(np.mean(dequantize(blocks, weight_type) ** 2))

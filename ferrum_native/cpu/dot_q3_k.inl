@@ -11,7 +11,6 @@ inline void to_plain(const BlockQ3_K& block, PlainBlock& out) {
     out.q[i] = static_cast<int8_t>((low | high << 2) - 4);
   }
 }
-template <> constexpr bool has_min<BlockQ3_K> = false;
 
 #if defined(FERRUM_SIMD_AVX2)
 

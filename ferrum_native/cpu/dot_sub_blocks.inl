@@ -1,13 +1,13 @@
 // What the products of Q5_K, Q3_K and Q2_K share: 256 weights in sub-blocks of 16 or 32 with few bits, whose scales are integers.
 
 /// A block as plain numbers, by sub-blocks of 16: w = d * scale[s] * q - dmin * min[s]; without minima dmin and min are not set.
+/// Types give `to_plain(block, out)`.
 struct PlainBlock {
   float d, dmin;
   int8_t scale[16], min[16], q[256];
 };
 
-/// `to_plain(block, out)` and `has_min<Block>` are given by the types.
-template <class Block> constexpr bool has_min = true;
+template <class Block> constexpr bool has_min = requires(Block block) { block.dmin; };
 
 template <class Block> void dequantize_sub_blocks(const std::byte* row, int k, float* out) {
   PlainBlock block;

@@ -21,6 +21,8 @@ namespace ferrum::cpu::FERRUM_ISA {
 #include "dot_q3_k.inl"
 #include "dot_q5_k.inl"
 
+#include "dot_blocks_32.inl"
+
 #include "dot_float.inl"
 
 #include "attention.inl"
@@ -41,6 +43,10 @@ template <DotKernel Dot, DequantizeRow Dequantize> struct ProductsOfBlocks {
 template <> struct ProductsOf<WeightType::F32> : ProductsOfFloats<WeightsF32> {};
 template <> struct ProductsOf<WeightType::F16> : ProductsOfFloats<WeightsF16> {};
 template <> struct ProductsOf<WeightType::BF16> : ProductsOfFloats<WeightsBF16> {};
+template <> struct ProductsOf<WeightType::Q4_0> : ProductsOfBlocks<dot_blocks_32<BlockQ4_0>, dequantize_blocks_32<BlockQ4_0>> {};
+template <> struct ProductsOf<WeightType::Q4_1> : ProductsOfBlocks<dot_blocks_32<BlockQ4_1>, dequantize_blocks_32<BlockQ4_1>> {};
+template <> struct ProductsOf<WeightType::Q5_0> : ProductsOfBlocks<dot_blocks_32<BlockQ5_0>, dequantize_blocks_32<BlockQ5_0>> {};
+template <> struct ProductsOf<WeightType::Q5_1> : ProductsOfBlocks<dot_blocks_32<BlockQ5_1>, dequantize_blocks_32<BlockQ5_1>> {};
 template <> struct ProductsOf<WeightType::Q8_0> : ProductsOfBlocks<dot_q8_0, dequantize_q8_0> {};
 template <> struct ProductsOf<WeightType::Q2_K> : ProductsOfBlocks<dot_q2_k, dequantize_sub_blocks<BlockQ2_K>> {};
 template <> struct ProductsOf<WeightType::Q3_K> : ProductsOfBlocks<dot_q3_k, dequantize_sub_blocks<BlockQ3_K>> {};

@@ -15,6 +15,10 @@ namespace {
 /// What kernels ask of a weight's address: vector loads of blocks and of float rows.
 size_t alignment(WeightType type) {
   switch (type) {
+    case WeightType::Q4_0:
+    case WeightType::Q4_1:
+    case WeightType::Q5_0:
+    case WeightType::Q5_1:
     case WeightType::Q8_0:
     case WeightType::Q3_K:
     case WeightType::Q6_K: return 2;

@@ -7,8 +7,39 @@ namespace ferrum {
 
 /// Type ids of the GGUF format.
 namespace type_id {
-enum { f32 = 0, f16 = 1, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
+enum { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
 }
+
+/// 32 weights: w = d * (q - 8), q in 0..15. 2-byte aligned only.
+/// `q`: byte i holds weight i in its low nibble and weight 16 + i in its high nibble.
+struct BlockQ4_0 {
+  uint16_t d;
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockQ4_0) == 18, "BlockQ4_0 is packed");
+
+/// 32 weights: w = d * q + m, `q` as in BlockQ4_0. 4-byte aligned.
+struct BlockQ4_1 {
+  uint16_t d, m;
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockQ4_1) == 20, "BlockQ4_1 is packed");
+
+/// 32 weights: w = d * (q - 16), q in 0..31; the low four bits as in BlockQ4_0, bit i % 8 of high[i / 8] is the fifth of weight i. 2-byte aligned only.
+struct BlockQ5_0 {
+  uint16_t d;
+  uint8_t high[4];
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockQ5_0) == 22, "BlockQ5_0 is packed");
+
+/// 32 weights: w = d * q + m, `q` and `high` as in BlockQ5_0. 8-byte aligned.
+struct BlockQ5_1 {
+  uint16_t d, m;
+  uint8_t high[4];
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockQ5_1) == 24, "BlockQ5_1 is packed");
 
 /// 32 weights: w = d * q. 2-byte aligned only.
 struct BlockQ8_0 {
