@@ -180,6 +180,33 @@ struct Q6_K {
   }
 };
 
+constant float iq4_values[16] = {-127.f, -104.f, -83.f, -65.f, -49.f, -35.f, -22.f, -10.f, 1.f, 13.f, 25.f, 38.f, 53.f, 69.f, 89.f, 113.f};
+inline float4 iq4_values_of(uint bytes) { return float4(iq4_values[bytes & 15u], iq4_values[(bytes >> 8) & 15u], iq4_values[(bytes >> 16) & 15u], iq4_values[(bytes >> 24) & 15u]); }
+
+struct IQ4_NL : HalfBlock {
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockIQ4_NL* block = (device const BlockIQ4_NL*)row + unit / 2;
+    device const ushort* q = (device const ushort*)block->q + 4 * (unit % 2);
+    const float d = float(as_type<half>(block->d));
+    for (uint quad = 0; quad < 4; ++quad) w[quad] = d * iq4_values_of(two_shorts(q + 2 * (quad % 2)) >> (4 * (quad / 2)));
+  }
+};
+
+/// 32 weights of a block's 256: a sub-block of 16 bytes; 8 lanes share the scales.
+struct IQ4_XS {
+  enum { quads = 8, aligned = 1 };
+  static uint units(int cols) { return uint(cols) / 32; }
+  static uint at(uint unit, uint quad) { return 32 * unit + 4 * quad; }
+  static void load(device const uint8_t* row, uint unit, int, thread float4* w) {
+    device const BlockIQ4_XS* block = (device const BlockIQ4_XS*)row + unit / 8;
+    const uint s = unit % 8;
+    device const uint2* q = (device const uint2*)block->q + 2 * s;
+    const uint scale = ((uint(block->scales_low[s / 2]) >> (4 * (s % 2))) & 15u) | ((uint(block->scales_high) >> (2 * s)) & 3u) << 4;
+    const float d = float(as_type<half>(block->d)) * (float(scale) - 32.f);
+    for (uint quad = 0; quad < 8; ++quad) w[quad] = d * iq4_values_of(q[quad % 4 / 2][quad % 2] >> (4 * (quad / 4)));
+  }
+};
+
 struct F32 {
   typedef float One;
   typedef float4 Four;
@@ -256,6 +283,8 @@ inline bool pipeline_has(int type) { return weight_type_0 == type || weight_type
   else if (pipeline_has(type_id::q4_1) && (type) == type_id::q4_1) { typedef Q4_1 Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q5_0) && (type) == type_id::q5_0) { typedef Q5_0 Format; __VA_ARGS__; }                          \
   else if (pipeline_has(type_id::q5_1) && (type) == type_id::q5_1) { typedef Q5_1 Format; __VA_ARGS__; }                          \
+  else if (pipeline_has(type_id::iq4_nl) && (type) == type_id::iq4_nl) { typedef IQ4_NL Format; __VA_ARGS__; }                    \
+  else if (pipeline_has(type_id::iq4_xs) && (type) == type_id::iq4_xs) { typedef IQ4_XS Format; __VA_ARGS__; }                    \
   else if (pipeline_has(type_id::f32) && (type) == type_id::f32) { FERRUM_WITH_FLOATS(F32, cols, __VA_ARGS__) }                   \
   else if (pipeline_has(type_id::f16) && (type) == type_id::f16) { FERRUM_WITH_FLOATS(F16, cols, __VA_ARGS__) }                   \
   else if (pipeline_has(type_id::bf16) && (type) == type_id::bf16) { FERRUM_WITH_FLOATS(BF16, cols, __VA_ARGS__) }

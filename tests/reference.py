@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK_OF = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+BLOCK_OF = {"Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256, "IQ4_NL": 32, "IQ4_XS": 256}
 """Quantized weight types, and how many activations share one float scale when they meet weights of that type."""
 
 MAX_FACTOR = 8
@@ -323,6 +323,27 @@ def unpack_q6_k(blocks):
     return q.reshape(*shape, 16, 16), blocks[..., 192:208].view(np.int8).astype(np.int64), float16_values(blocks[..., 208:210])
 
 
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+"""What the four bits of IQ4_NL and IQ4_XS stand for."""
+
+
+def unpack_iq4_nl(blocks):
+    """block_iq4_nl {f16 d; u8 low[16]}: uint8 [..., 18] -> (q [..., 32] of `IQ4_VALUES`, d [...])."""
+    return IQ4_VALUES[nibbles_of_32(blocks[..., 2:])], float16_values(blocks[..., :2])
+
+
+def unpack_iq4_xs(blocks):
+    """block_iq4_xs {f16 d; u16 scales_high; u8 scales_low[4], low[128]}: uint8 [..., 136] -> (q [..., 8, 32] of `IQ4_VALUES`, scales [..., 8], d).
+
+    The weights are d * scale * q, scales are in -32..31. Scale s has its lower four bits in a nibble of scales_low[s / 2], the low one for even s, and
+    its upper two in bits 2s and 2s + 1 of scales_high.
+    """
+    shape, packed = blocks.shape[:-1], blocks[..., 2:8].astype(np.int64)
+    lower = np.stack([packed[..., 2:] & 15, packed[..., 2:] >> 4], axis=-1).reshape(*shape, 8)
+    upper = (packed[..., :1] | packed[..., 1:2] << 8) >> 2 * np.arange(8) & 3
+    return IQ4_VALUES[nibbles_of_32(blocks[..., 8:].reshape(*shape, 8, 16))], (lower | upper << 4) - 32, float16_values(blocks[..., :2])
+
+
 def two_bit_values(low):
     """Of 128 weights the g-th 32 are bits 2g and 2g + 1 of 32 bytes: uint8 [..., 64] -> int64 [..., 8, 32]."""
     halves = low.astype(np.int64).reshape(*low.shape[:-1], 2, 1, 32)
@@ -353,9 +374,9 @@ def unpack_q3_k(blocks):
     return q.reshape(*shape, 16, 16), (lower | upper << 4) - 32, float16_values(blocks[..., 108:110])
 
 
-BLOCKS_OF_32 = {"Q4_0": unpack_q4_0, "Q4_1": unpack_q4_1, "Q5_0": unpack_q5_0, "Q5_1": unpack_q5_1, "Q8_0": unpack_q8_0}
+BLOCKS_OF_32 = {"Q4_0": unpack_q4_0, "Q4_1": unpack_q4_1, "Q5_0": unpack_q5_0, "Q5_1": unpack_q5_1, "Q8_0": unpack_q8_0, "IQ4_NL": unpack_iq4_nl}
 WITH_MINIMA = {"Q2_K": unpack_q2_k, "Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
-WITHOUT_MINIMA = {"Q3_K": unpack_q3_k, "Q6_K": unpack_q6_k}
+WITHOUT_MINIMA = {"Q3_K": unpack_q3_k, "Q6_K": unpack_q6_k, "IQ4_XS": unpack_iq4_xs}
 
 
 def expand(blocks, weight_type):

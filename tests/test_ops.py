@@ -252,7 +252,7 @@ def test_linear_of_more_columns_than_one_tile_holds(backend, kind):
 def test_linear_puts_weights_of_different_types_side_by_side(backend, activations):
     runner = backend(threads=2, activations=activations)
     x = random_rows(5, 512)
-    for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "F32", "Q4_K"), ("F16", "BF16"), ("Q6_K", "Q8_0"), ("Q5_K", "Q5_K", "Q6_K"), ("Q3_K", "Q2_K", "Q5_K"), ("Q4_K", "Q5_0", "Q4_1")):
+    for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "F32", "Q4_K"), ("F16", "BF16"), ("Q6_K", "Q8_0"), ("Q5_K", "Q5_K", "Q6_K"), ("Q3_K", "Q2_K", "Q5_K"), ("Q4_K", "Q5_0", "Q4_1"), ("IQ4_XS", "IQ4_NL", "Q5_K")):
         weights = [WeightCase(runner, kind, (rows, 512), seed=rows).placed for kind, rows in zip(kinds, (48, 17, 9))]
         assert same_bits(runner.linear(x, weights), np.hstack([runner.linear(x, [weight]) for weight in weights])), kinds
 
@@ -567,7 +567,7 @@ def expert_choices(rows, experts, top_k, skewed):
 
 
 EXPERT_SHAPES = [("F32", 33, 31), ("F16", 64, 40), ("BF16", 32, 65), ("Q8_0", 64, 96), ("Q8_0", 96, 32), ("Q4_K", 256, 256), ("Q6_K", 512, 256), ("Q5_K", 256, 512), ("Q3_K", 512, 256), ("Q2_K", 256, 256),
-                 ("Q4_0", 64, 96), ("Q4_1", 96, 32), ("Q5_0", 32, 160), ("Q5_1", 160, 64)]
+                 ("Q4_0", 64, 96), ("Q4_1", 96, 32), ("Q5_0", 32, 160), ("Q5_1", 160, 64), ("IQ4_NL", 64, 96), ("IQ4_XS", 256, 512)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

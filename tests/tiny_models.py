@@ -89,7 +89,7 @@ def random_token_ids(config, count, seed=0):
     return np.random.default_rng(seed).integers(0, make_vocabulary(config.vocab).num_normal, count).tolist()
 
 
-SCALE_PLACES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALE_PLACES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 """Quantized types: where a block's float16 d lies, and its minimum's (dmin, or m of the types with blocks of 32)."""
 
 MINIMUM_PER_SCALE = {"Q4_1": -7.5, "Q5_1": -15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
@@ -104,7 +104,7 @@ def random_blocks(weight_type, shape, std, rng):
     count = int(np.prod(shape)) // block_weights
     blocks = np.frombuffer(rng.bytes(count * block_bytes), dtype=np.uint8).reshape(count, -1).copy()
     spread = rng.uniform(0.8, 1.25, count)
-    if weight_type in ("Q4_0", "Q5_0"):  # -8 has no counterpart, as 8 has none
+    if weight_type in ("Q4_0", "Q5_0", "IQ4_NL"):  # whose values have a mean below 0
         spread *= rng.choice([-1, 1], count)
     set_block_scale(blocks, weight_type, spread)
     with np.errstate(all="ignore"):

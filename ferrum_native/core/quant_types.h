@@ -15,19 +15,21 @@ enum class ActivationForm : uint8_t {
 };
 
 // name, ggml type id, weights in a block, bytes of a block, activation form of its int8 product
-#define FERRUM_WEIGHT_TYPES(X)                             \
-  X(F32, type_id::f32, 1, 4, ActivationForm::Float)        \
-  X(F16, type_id::f16, 1, 2, ActivationForm::Float)        \
-  X(Q4_0, type_id::q4_0, 32, 18, ActivationForm::Q8_32)    \
-  X(Q4_1, type_id::q4_1, 32, 20, ActivationForm::Q8_32)    \
-  X(Q5_0, type_id::q5_0, 32, 22, ActivationForm::Q8_32)    \
-  X(Q5_1, type_id::q5_1, 32, 24, ActivationForm::Q8_32)    \
-  X(Q8_0, type_id::q8_0, 32, 34, ActivationForm::Q8_32)    \
-  X(Q2_K, type_id::q2_k, 256, 84, ActivationForm::Q8_256)  \
-  X(Q3_K, type_id::q3_k, 256, 110, ActivationForm::Q8_256) \
-  X(Q4_K, type_id::q4_k, 256, 144, ActivationForm::Q8_256) \
-  X(Q5_K, type_id::q5_k, 256, 176, ActivationForm::Q8_256) \
-  X(Q6_K, type_id::q6_k, 256, 210, ActivationForm::Q8_256) \
+#define FERRUM_WEIGHT_TYPES(X)                                 \
+  X(F32, type_id::f32, 1, 4, ActivationForm::Float)            \
+  X(F16, type_id::f16, 1, 2, ActivationForm::Float)            \
+  X(Q4_0, type_id::q4_0, 32, 18, ActivationForm::Q8_32)        \
+  X(Q4_1, type_id::q4_1, 32, 20, ActivationForm::Q8_32)        \
+  X(Q5_0, type_id::q5_0, 32, 22, ActivationForm::Q8_32)        \
+  X(Q5_1, type_id::q5_1, 32, 24, ActivationForm::Q8_32)        \
+  X(Q8_0, type_id::q8_0, 32, 34, ActivationForm::Q8_32)        \
+  X(Q2_K, type_id::q2_k, 256, 84, ActivationForm::Q8_256)      \
+  X(Q3_K, type_id::q3_k, 256, 110, ActivationForm::Q8_256)     \
+  X(Q4_K, type_id::q4_k, 256, 144, ActivationForm::Q8_256)     \
+  X(Q5_K, type_id::q5_k, 256, 176, ActivationForm::Q8_256)     \
+  X(Q6_K, type_id::q6_k, 256, 210, ActivationForm::Q8_256)     \
+  X(IQ4_NL, type_id::iq4_nl, 32, 18, ActivationForm::Q8_32)    \
+  X(IQ4_XS, type_id::iq4_xs, 256, 136, ActivationForm::Q8_256) \
   X(BF16, type_id::bf16, 1, 2, ActivationForm::Float)
 
 enum class WeightType : uint8_t {

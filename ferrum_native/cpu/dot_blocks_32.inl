@@ -5,6 +5,8 @@ template <class Block> struct Fields32 {
   static constexpr int middle = has_min ? 0 : has_high ? 16 : 8;
 };
 
+inline void unpack_values_32(const BlockIQ4_NL& block, int8_t q[32]);  // in dot_iq4.inl
+
 /// The weights of a block without scale and minimum.
 template <class Block> void unpack_values_32(const Block& block, int8_t q[32]) {
   using Fields = Fields32<Block>;

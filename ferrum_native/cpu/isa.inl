@@ -22,6 +22,7 @@ namespace ferrum::cpu::FERRUM_ISA {
 #include "dot_q5_k.inl"
 
 #include "dot_blocks_32.inl"
+#include "dot_iq4.inl"
 
 #include "dot_float.inl"
 
@@ -53,6 +54,8 @@ template <> struct ProductsOf<WeightType::Q3_K> : ProductsOfBlocks<dot_q3_k, deq
 template <> struct ProductsOf<WeightType::Q4_K> : ProductsOfBlocks<dot_q4_k, dequantize_q4_k> {};
 template <> struct ProductsOf<WeightType::Q5_K> : ProductsOfBlocks<dot_q5_k, dequantize_sub_blocks<BlockQ5_K>> {};
 template <> struct ProductsOf<WeightType::Q6_K> : ProductsOfBlocks<dot_q6_k, dequantize_q6_k> {};
+template <> struct ProductsOf<WeightType::IQ4_NL> : ProductsOfBlocks<dot_iq4_nl, dequantize_blocks_32<BlockIQ4_NL>> {};
+template <> struct ProductsOf<WeightType::IQ4_XS> : ProductsOfBlocks<dot_iq4_xs, dequantize_sub_blocks<BlockIQ4_XS>> {};
 
 constexpr Kernels make_kernels(const char* name) {
 #define X(type, id, weights, bytes, form) ProductsOf<WeightType::type>::FERRUM_FIELD,

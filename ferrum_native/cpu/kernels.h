@@ -33,19 +33,21 @@ struct Column {
 ///
 /// The bits of out[c][r] depend on that row and that column alone, never on `rows`, on `column_count`, on the tile that computes them or
 /// on the instruction set. Per pair (row, column), all float32, `i*` exact in int32, blocks in ascending order, acc starts at 0:
-///   Q4_0, Q5_0, Q8_0:  acc = fma(d_w * d_y, float(isum), acc)                                 per 32-block,
-///          isum = (q - 8) . y, (q - 16) . y, q . y
+///   Q4_0, Q5_0, Q8_0, IQ4_NL:  acc = fma(d_w * d_y, float(isum), acc)                         per 32-block,
+///          isum = (q - 8) . y, (q - 16) . y, q . y, value[q] . y
 ///   Q4_1, Q5_1:  acc = fma(d_y, fma(d, float(isum), m * float(sum of y)), acc)                per 32-block, isum = q . y
 ///   Q2_K, Q4_K, Q5_K:  acc = fma(d_y, fma(d, float(isum), -(dmin * float(msum))), acc)        per 256-block,
 ///          isum = sum over s of scale[s] * f_s * (q . y)_s, msum = sum over s of min[s] * f_s * ysum_s
-///   Q3_K, Q6_K:  acc = fma(d_y * d, float(isum), acc)                                         per 256-block,
+///   Q3_K, Q6_K, IQ4_XS:  acc = fma(d_y * d, float(isum), acc)                                 per 256-block,
 ///          Q3_K: isum = sum over s of (scale[s] - 32) * f_s * ((q - 4) . y)_s
 ///          Q6_K: isum = sum over s of scale[s] * f_s * ((q - 32) . y)_s
+///          IQ4_XS: isum = sum over s of (scale[s] - 32) * f_s * (value[q] . y)_s
 ///   where f_s is the factor_32 of sub-block s: the sum stays exact in int32, and a sub-block of small values keeps its precision.
 ///   float: 32 partial sums, partial j takes the k = j (mod 32) in ascending order by fma(w, y, partial) (a tail is padded with zeros);
 ///          as four vectors v0..v3 of 8 lanes: reduce_add((v0 + v1) + (v2 + v3)).
 /// Float products of quantized weights first make w exactly as: Q8_0 d * q; Q4_0 d * (q - 8); Q5_0 d * (q - 16); Q4_1, Q5_1 fma(d, q, m);
-/// Q2_K, Q4_K, Q5_K fma(d * scale, q, -(dmin * min)); Q3_K (d * (scale - 32)) * (q - 4); Q6_K (d * scale) * (q - 32).
+/// Q2_K, Q4_K, Q5_K fma(d * scale, q, -(dmin * min)); Q3_K (d * (scale - 32)) * (q - 4); Q6_K (d * scale) * (q - 32);
+/// IQ4_NL d * value[q]; IQ4_XS (d * (scale - 32)) * value[q].
 struct DotArgs {
   const std::byte* weights;  // first row; 2-byte aligned, F32 4-byte aligned
   size_t row_bytes;          // from one row to the next

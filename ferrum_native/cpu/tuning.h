@@ -11,6 +11,7 @@ inline constexpr int tile_columns_q4_k = 8;
 inline constexpr int tile_columns_q5_k = 6;
 inline constexpr int tile_columns_q6_k = 6;
 inline constexpr int tile_columns_q8_0 = 8;
+inline constexpr int tile_columns_iq4 = 6;
 inline constexpr int tile_columns_blocks_32 = 6;  // Q4_0, Q4_1, Q5_0, Q5_1
 
 /// Columns that share one unpacking: their activations (2 KB each at k = 2048) stay in the L2 cache over all rows of a call.

@@ -21,8 +21,10 @@ size_t alignment(WeightType type) {
     case WeightType::Q5_1:
     case WeightType::Q8_0:
     case WeightType::Q3_K:
-    case WeightType::Q6_K: return 2;
+    case WeightType::Q6_K:
+    case WeightType::IQ4_NL: return 2;
     case WeightType::Q2_K: return 4;
+    case WeightType::IQ4_XS:
     case WeightType::F16:
     case WeightType::BF16: return 8;
     case WeightType::F32:

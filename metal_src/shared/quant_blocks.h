@@ -7,7 +7,7 @@ namespace ferrum {
 
 /// Type ids of the GGUF format.
 namespace type_id {
-enum { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14, bf16 = 30 };
+enum { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14, iq4_nl = 20, iq4_xs = 23, bf16 = 30 };
 }
 
 /// 32 weights: w = d * (q - 8), q in 0..15. 2-byte aligned only.
@@ -99,5 +99,21 @@ struct BlockQ6_K {
   uint16_t d;
 };
 static_assert(sizeof(BlockQ6_K) == 210, "BlockQ6_K is packed");
+
+/// 32 weights: w = d * value[q], `q` as in BlockQ4_0; value[0..15] = -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113. 2-byte aligned only.
+struct BlockIQ4_NL {
+  uint16_t d;
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockIQ4_NL) == 18, "BlockIQ4_NL is packed");
+
+/// 256 weights in 8 sub-blocks of 32: w = d * (scale[s] - 32) * value[q]; values, and `q` of a sub-block, as in BlockIQ4_NL. Rows keep blocks 8-byte aligned.
+/// scale[s]: the low four bits are a nibble of scales_low[s / 2], the low one for even s; the upper two are bits 2 s of scales_high.
+struct BlockIQ4_XS {
+  uint16_t d, scales_high;
+  uint8_t scales_low[4];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockIQ4_XS) == 136, "BlockIQ4_XS is packed");
 
 }  // namespace ferrum

@@ -2,7 +2,7 @@
 //
 // Function constants, int, all three set for every pipeline whose kernel reads weights (embed, linear, route, experts_gate_up, experts_down):
 //   0, 1, 2: weight_type_0, _1, _2: the ggml type ids (core/quant_types.h) of the op's weights in their order; -1 where there is none.
-// Alignment of buffers (offsets count): Q4_K and Q5_K weights and all floats in rows of a multiple of 4 columns 16 bytes; Q2_K weights 4; those of
+// Alignment of buffers (offsets count): Q4_K and Q5_K weights and all floats in rows of a multiple of 4 columns 16 bytes; Q2_K weights 4, IQ4_XS 8; those of
 // other quantized types 2; float weights 4 times their size (their own size where columns are no multiple of 4).
 // `count` in the kernels' lists is one int32 of the step buffer, bound by its offset: the rows n of this call. Threadgroups past it do nothing.
 #pragma once
