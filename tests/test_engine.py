@@ -112,6 +112,15 @@ def test_quantized_model_stays_near_the_reference(model, types, tied):
     assert np.median(relative_l2(expected[:60], proof)) < 5e-6
 
 
+@pytest.mark.parametrize("types", MIXES)
+def test_a_mix_with_rows_of_no_multiple_of_256(model, types):
+    """Such as 96 columns of ffn_down: mixes keep them in types with blocks of 32."""
+    config = replace(WIDE, expert_ffn=96)
+    file, tokens = model(types, config), random_token_ids(config, 60)
+    assert {"Q3_K_M": "IQ4_NL", "Q4_K_M": "Q5_0", "Q5_K_M": "Q5_1"}[types] in {info.type_name for info in file.tensors.values()}
+    assert np.median(relative_l2(ReferenceModel(file.paths[0]).logits(tokens), rows_alone(file, [tokens], **PROOF)[0])) < 5e-6
+
+
 def test_mixed_types_in_one_product(model):
     """q, k and v each of another type, as in Q4_K_M files, with gate, up and down apart."""
     types = {"attn_q": "Q4_K", "attn_k": "Q8_0", "attn_v": "Q6_K", "attn_output": "F16", "ffn_gate_exps": "Q4_K", "ffn_up_exps": "Q6_K",

@@ -1,6 +1,7 @@
 """The reference against itself, against values worked out in another way, and against golden values of transformers and llama.cpp."""
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -209,16 +210,34 @@ def test_tiny_logits_spread_like_a_real_models(tmp_path, types, tied):
     assert logits.shape == (64, 512) and 2 < logits.std() < 3.2
 
 
+def types_of(path):
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
 def test_q4_k_m_has_the_mix_of_the_real_files(tiny_path):
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tiny_path).tensors}
+    types = types_of(tiny_path)
     assert types["output.weight"] == types["blk.2.attn_v.weight"] == types["blk.2.ffn_down_exps.weight"] == "Q6_K"
     assert types["token_embd.weight"] == types["blk.0.attn_v.weight"] == types["blk.2.attn_q.weight"] == "Q4_K"
     assert types["blk.0.ffn_gate_inp.weight"] == types["blk.1.attn_q_norm.weight"] == "F32"
 
 
+def test_q3_k_m_and_q5_k_m_have_the_mix_of_the_real_files(tmp_path):
+    types = types_of(write_tiny_model(tmp_path / "3.gguf", types="Q3_K_M"))
+    assert [types[f"blk.{layer}.attn_v.weight"] for layer in range(3)] == ["Q5_K", "Q5_K", "Q4_K"]
+    assert types["output.weight"] == "Q6_K" and types["blk.0.attn_output.weight"] == types["blk.2.ffn_down_exps.weight"] == "Q4_K"
+    assert types["token_embd.weight"] == types["blk.0.ffn_down_exps.weight"] == types["blk.2.attn_q.weight"] == "Q3_K"
+    types = types_of(write_tiny_model(tmp_path / "5.gguf", types="Q5_K_M"))
+    assert types["output.weight"] == types["blk.2.attn_v.weight"] == "Q6_K" and types["blk.0.attn_v.weight"] == types["blk.2.attn_q.weight"] == "Q5_K"
+
+
+def test_a_mix_has_other_types_where_rows_are_no_multiple_of_256(tmp_path):
+    types = types_of(write_tiny_model(tmp_path / "short.gguf", types="Q4_K_M", config=replace(TinyConfig(), expert_ffn=96)))
+    assert [types[f"blk.{layer}.ffn_down_exps.weight"] for layer in range(3)] == ["Q5_0", "Q5_0", "Q8_0"] and types["blk.0.ffn_up_exps.weight"] == "Q4_K"
+
+
 def test_a_mapping_of_types_goes_from_name_to_kind_to_default(tmp_path):
     path = write_tiny_model(tmp_path / "mixed.gguf", types={"blk.1.attn_q.weight": "Q6_K", "attn_q": "Q8_0", "default": "BF16"})
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    types = types_of(path)
     assert [types[f"blk.{layer}.attn_q.weight"] for layer in range(3)] == ["Q8_0", "Q6_K", "Q8_0"] and types["output.weight"] == "BF16"
 
 

@@ -27,7 +27,7 @@ def tensor_list(config):
     for name, _ in float_tensors(norms, np.random.default_rng(0)):
         yield name, sizes.get(name.split(".")[-2], (H,)), "F32"
     for name, shape, _ in matrices(config, tied=False):
-        yield name, shape, type_of(name, "Q4_K_M", config, False)
+        yield name, shape, type_of(name, shape[-1], "Q4_K_M", config, False)
 
 
 def write_sparse_model(path, config, vocabulary):

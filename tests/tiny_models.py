@@ -131,27 +131,30 @@ def random_tensor(weight_type, shape, std, rng):
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
 """Mixes of types in the files that people share."""
 
+FOR_SHORT_ROWS = {"Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What mixes have in place of a type whose blocks of 256 do not fill the rows."""
+
 
 def more_bits(layer, layers):
     """Whether mixes keep this layer's attn_v and ffn_down in a larger type: the first and last eighth, and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def type_of(name, types, config, tied):
-    """The type of a matrix: `types` names a mix, or maps full names or kinds ('attn_v', 'output', ...) or 'default' to types."""
+def type_of(name, cols, types, config, tied):
+    """The type of a matrix with rows of `cols`: `types` names a mix, or maps full names or kinds ('attn_v', 'output', ...) or 'default' to types."""
     parts = name.split(".")
     kind = parts[-2]
     if not isinstance(types, str):
         return types.get(name, types.get(kind, types.get("default", "F32")))
     if types not in MIXES:
         return types
-    if kind == "output" or (kind == "token_embd" and tied):
-        return "Q6_K"
-    return type_in_mix(types, kind, int(parts[1]) if kind != "token_embd" else 0, config.layers)
+    layer = int(parts[1]) if parts[0] == "blk" else 0
+    chosen = "Q6_K" if kind == "output" or (kind == "token_embd" and tied) else type_in_mix(types, kind, layer, config.layers)
+    return FOR_SHORT_ROWS[chosen] if cols % 256 else chosen
 
 
 def type_in_mix(mix, kind, layer, layers):
-    """The type of a matrix but the output in a file of a mix of `MIXES`."""
+    """The type of a matrix but the output, with rows of a multiple of 256, in a file of a mix of `MIXES`."""
     more = kind in ("attn_v", "ffn_down_exps") and more_bits(layer, layers)
     if mix == "Q3_K_M":
         if kind == "attn_v":
@@ -208,7 +211,7 @@ def write_tiny_model(path, *, config=TinyConfig(), types="F32", seed=0, tied=Fal
     for name, values in float_tensors(config, rng):
         writer.add_tensor(name, values)
     for name, shape, std in matrices(config, tied):
-        weight_type = type_of(name, types, config, tied)
+        weight_type = type_of(name, shape[-1], types, config, tied)
         writer.add_tensor(name, random_tensor(weight_type, shape, std, rng), raw_dtype=gguf.GGMLQuantizationType[weight_type])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

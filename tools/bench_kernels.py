@@ -1,6 +1,6 @@
 """Speed of the CPU's products for every weight type: GB/s of weights at one column beside the memory's rate, and products a second at more.
 
-    python tools/bench_kernels.py [--types Q4_K,Q5_K] [--columns 1,4,16] [--threads 2] [--rows 32768] [--cols 2048] [--rounds 5] [--float32]
+    python tools/bench_kernels.py [--types Q4_K,Q5_K] [--columns 1,4,16] [--threads 2] [--rows 32768] [--cols 2048] [--rounds 25] [--float32]
 
 One column is a decode step of one sequence, which memory bounds; from some columns on the processor does. Each figure is the best of the
 rounds, in which types take turns; the memory's rate is measured after each round.
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=32768, help=f"a multiple of {REPEATED_ROWS}")
     parser.add_argument("--cols", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--float32", action="store_true", help="float activations in place of int8")
     parser.add_argument("--instruction-set", help="scalar, for example; the best of this machine unless given")
     arguments = parser.parse_args()

@@ -49,10 +49,10 @@ template <class Block> struct Blocks32 {
   /// vpmaddubsw whose sum fits an int16: 8 * 2 * 15 * 127 = 30480, 4 * 2 * 31 * 127 = 31496.
   static constexpr int quads_in_sum = Fields::has_high ? 4 : 8;
 
-  /// Of eight blocks, lanes are rows. Bits 0..3 of bytes of high[0] and high[1] are the fifth bits of quads 2 n and 2 n + 1.
+  /// Of eight blocks, lanes are rows; `high` are the fifth bits.
   struct Head {
     __m256 d, m;
-    __m256i high[2];
+    __m256i high;
   };
   static inline Head load_head(Rows8 rows, size_t offset) {
     Head head;
@@ -63,8 +63,7 @@ template <class Block> struct Blocks32 {
     __m256i x[4];
     load_quads(rows, offset, x);
     load_f16_pairs(x[0], head.d, head.m);
-    head.high[0] = Fields::has_min ? x[1] : _mm256_or_si256(_mm256_srli_epi32(x[0], 16), _mm256_slli_epi32(x[1], 16));
-    head.high[1] = _mm256_srli_epi16(head.high[0], 4);
+    head.high = Fields::has_min ? x[1] : _mm256_or_si256(_mm256_srli_epi32(x[0], 16), _mm256_slli_epi32(x[1], 16));
     return head;
   }
 
@@ -72,11 +71,13 @@ template <class Block> struct Blocks32 {
   static inline __m256i values(const __m256i q[4], const Head& head, int n) {
     const __m256i low = _mm256_and_si256(n < 4 ? q[n] : _mm256_srli_epi16(q[n - 4], 4), _mm256_set1_epi8(15));
     if constexpr (!Fields::has_high) return low;
+    // Two quads share a byte of fifth bits; a single bit of 1, 2, 4, 8 or of 16, 32, 64, 128 becomes 16.
     auto byte = [=](int lane) { return 0x01010101 * (4 * lane + n / 2); };
     const __m256i byte_of_quad = _mm256_setr_epi32(byte(0), byte(1), byte(2), byte(3), byte(0), byte(1), byte(2), byte(3));
-    const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(head.high[n & 1], byte_of_quad), _mm256_set1_epi32(0x08040201));
+    const __m256i bits = _mm256_shuffle_epi8(head.high, byte_of_quad);
+    if (n & 1) return _mm256_or_si256(low, _mm256_min_epu8(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x80402010))), _mm256_set1_epi8(16)));
     const __m256i as_16 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 16, 16, 0, 16, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0));
-    return _mm256_or_si256(low, _mm256_shuffle_epi8(as_16, bit));
+    return _mm256_or_si256(low, _mm256_shuffle_epi8(as_16, _mm256_and_si256(bits, _mm256_set1_epi32(0x08040201))));
   }
 
   static inline __m256 add_block(__m256 acc, float d_y, __m256 d, __m256 m, __m256i isum, __m256i y_sum) {

@@ -1,18 +1,18 @@
-// Where one way to compute a product becomes faster than another, measured on AVX2 cores (Zen 3 and 4) with two threads.
+// Where one way to compute a product becomes faster than another, measured on AVX2 cores (Zen 3 to 5) with two threads.
 #pragma once
 
 namespace ferrum::cpu::tuning {
 
 /// From this many columns on, 16 weight rows are unpacked into scratch, block by block, and reused over all columns;
 /// below, 8 rows are unpacked in registers for up to 4 columns at a time.
-inline constexpr int tile_columns_q2_k = 6;
-inline constexpr int tile_columns_q3_k = 6;
+inline constexpr int tile_columns_q2_k = 4;
+inline constexpr int tile_columns_q3_k = 4;
 inline constexpr int tile_columns_q4_k = 8;
-inline constexpr int tile_columns_q5_k = 6;
+inline constexpr int tile_columns_q5_k = 4;
 inline constexpr int tile_columns_q6_k = 6;
 inline constexpr int tile_columns_q8_0 = 8;
-inline constexpr int tile_columns_iq4 = 6;
-inline constexpr int tile_columns_blocks_32 = 6;  // Q4_0, Q4_1, Q5_0, Q5_1
+inline constexpr int tile_columns_iq4 = 4;
+inline constexpr int tile_columns_blocks_32 = 3;  // Q4_0, Q4_1, Q5_0, Q5_1
 
 /// Columns that share one unpacking: their activations (2 KB each at k = 2048) stay in the L2 cache over all rows of a call.
 inline constexpr int tile_columns_max = 128;

@@ -23,6 +23,10 @@ MODELS = {
     "q8_0": dict(types="Q8_0"),
     "q4_k_m": dict(types="Q4_K_M"),
     "q6_k_tied": dict(types="Q6_K", tied=True),
+    "q5_k_m": dict(types="Q5_K_M"),
+    "q3_k_m": dict(types="Q3_K_M"),
+    "q2_k": dict(types="Q2_K"),
+    **{kind.lower(): dict(types=kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS")},
 }
 
 
@@ -57,6 +61,6 @@ def test_reference_agrees_with_llama_cpp(model, kv_type):
         assert exact["median_relative_l2"] < (1e-5 if kv_type == "f32" else 2e-3)
     else:
         assert exact["median_relative_l2"] < 8e-2 and exact["median_kl"] < 2e-2
-    if name.startswith(("q4", "q6")) and kv_type == "f32":
+    if ("_k" in name or name == "iq4_xs") and kv_type == "f32":  # types with blocks of 256
         simulated = ReferenceModel(path, activations="int8", kv_type=kv_type, max_factor=1).logits(token_ids)
         assert reference.logit_statistics(simulated, got)["median_relative_l2"] < 0.75 * exact["median_relative_l2"]
