@@ -144,7 +144,6 @@ template <class Block> struct Blocks32 {
   }
 
   template <int C> static void tile(const Unpacked& w, int n, int i, const Column* columns, float (*sums)[16]) {
-#pragma GCC unroll 1
     for (int b = 0; b < n / 32; ++b) {
       __m256i sum[C][2], isum[C][2];
 #pragma GCC unroll 8

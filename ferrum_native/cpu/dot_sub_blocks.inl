@@ -58,6 +58,16 @@ template <class T> struct SubBlocks {
     high = bit < T::bits ? _mm256_slli_epi16(high, T::bits - bit) : _mm256_srli_epi16(high, bit - T::bits);
     return _mm256_or_si256(value, _mm256_and_si256(high, _mm256_set1_epi8(1 << T::bits)));
   }
+  /// The same where two bits take a shift less: values of odd groups are four times as large, at most 28, and four vpmaddubsw still fit an int16.
+  static constexpr bool in_place = T::bits == 2;
+  static inline __m256i values_in_place(__m256i low, __m256i high, int chunk, int group) {
+    const int place = 2 * (group & 1);
+    const __m256i value = _mm256_and_si256(group < 2 ? low : _mm256_srli_epi16(low, 4), _mm256_set1_epi8(static_cast<char>(3 << place)));
+    if constexpr (!T::has_high) return value;
+    const int left = 2 + place - at(chunk, group) / 32;
+    high = left == 0 ? high : left > 0 ? _mm256_slli_epi16(high, left) : _mm256_srli_epi16(high, -left);
+    return _mm256_or_si256(value, _mm256_and_si256(high, _mm256_set1_epi8(static_cast<char>(4 << place))));
+  }
   static inline void load_high(Rows8 rows, __m256i high[2][4]) {
     if constexpr (T::has_high)
       for (size_t part = 0; part < 2; ++part) load_quads(rows, T::high_offset + 16 * part, high[part]);
@@ -81,12 +91,12 @@ template <class T> struct SubBlocks {
     for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
       prefetch.next_block<block_bytes>();
       const Head head = T::load_head(rows);
-      __m256i high[2][4], isum[C], msum[C];
+      __m256i high[2][4], isum[C], isum_4[C], msum[C];  // isum_4: of the odd groups, four times their sum, if in place
       load_high(rows, high);
       const int8_t* y[C];
       for (int c = 0; c < C; ++c) {
         y[c] = columns[c].q8_256 + i;
-        isum[c] = msum[c] = _mm256_setzero_si256();
+        isum[c] = isum_4[c] = msum[c] = _mm256_setzero_si256();
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
@@ -104,7 +114,7 @@ template <class T> struct SubBlocks {
           __m256i sum[C];
 #pragma GCC unroll 4
           for (int n = 0; n < 4; ++n) {
-            const __m256i value = values(low[n], high[chunk & 1][n], chunk, group);
+            const __m256i value = in_place ? values_in_place(low[n], high[chunk & 1][n], chunk, group) : values(low[n], high[chunk & 1][n], chunk, group);
             for (int c = 0; c < C; ++c) {
               const int8_t* four = y[c] + at(chunk, group) + 4 * n;
               if (n == 0)
@@ -116,10 +126,13 @@ template <class T> struct SubBlocks {
           const __m256i scale = T::scale(head, at(chunk, group) / 16);
           for (int c = 0; c < C; ++c) {
             const __m256i factor = broadcast_2(columns[c].factor_32 + i / 32 + at(chunk, group) / 32);
-            isum[c] = _mm256_add_epi32(isum[c], _mm256_madd_epi16(_mm256_mullo_epi16(scale, factor), sum[c]));
+            __m256i& total = in_place && (group & 1) ? isum_4[c] : isum[c];
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_mullo_epi16(scale, factor), sum[c]));
           }
         }
       }
+      if constexpr (in_place)
+        for (int c = 0; c < C; ++c) isum[c] = _mm256_add_epi32(isum[c], _mm256_srai_epi32(isum_4[c], 2));
       for (int c = 0; c < C; ++c) acc[c] = add_block(acc[c], columns[c].scale_256[i / 256], head.d, head.dmin, isum[c], msum[c]);
     }
     for (int c = 0; c < C; ++c) _mm256_storeu_ps(out[c], acc[c]);
