@@ -19,7 +19,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 # Compiler flags of the files that hold one instruction set's kernels; the rest runs everywhere.
-INSTRUCTION_SETS = {"isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+INSTRUCTION_SETS = {
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 COMPAT = "ferrum_native/metal_compat"
 MAC = sys.platform == "darwin"

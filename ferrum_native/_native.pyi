@@ -123,7 +123,7 @@ class Engine:
     `profile`: count what every op costs, for `profile()`; the device is then waited for after each. `prefix_cache`: what the KV pool holds is
     found again by its tokens, for `adopt`, also after its sequence ended, until the room is needed.
 
-    `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx2", "scalar";
+    `unused_tokens`: ids that are never candidates; None: the file's entries of type UNUSED. For tests: `instruction_set` ("avx512", "avx2", "scalar";
     None: the best of this machine), `poison_freed_kv` (KV blocks whose content is dropped are filled with NaN) and `fail_at` (that call to the device raises
     DeviceError, once). For tools: `compare_with` names a device that computes every op first; where `device` then gives another value, by more
     than `compare_tolerance` of the largest of the row, a DeviceError says in which op and where. `kernels` is a file of Metal kernels, compiled or

@@ -33,9 +33,9 @@ def make_runner(device, instruction_set, **options):
     except DeviceError as error:
         pytest.skip(str(error))
     except ValueError as error:
-        if instruction_set != "avx2":
+        if instruction_set not in ("avx2", "avx512"):
             raise
-        pytest.skip(f"this machine lacks AVX2: {error}")
+        pytest.skip(f"this machine lacks {instruction_set}: {error}")
 
 
 class Backend:
@@ -63,7 +63,7 @@ class Backend:
         return got.shape == expected.shape and bool((np.abs(got - expected) <= MATMUL_TOLERANCE * size).all())
 
 
-BACKENDS = {"cpu-avx2": Backend("cpu", "avx2"), "cpu-scalar": Backend("cpu", "scalar"), "metal": Backend("metal")}
+BACKENDS = {"cpu-avx512": Backend("cpu", "avx512"), "cpu-avx2": Backend("cpu", "avx2"), "cpu-scalar": Backend("cpu", "scalar"), "metal": Backend("metal")}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -742,7 +742,7 @@ def test_top_candidates_of_large_logits(backend):
     check_candidates(runner, logits, 12, temperatures=[0.05, 0.05])
 
 
-# Two instruction sets
+# Instruction sets
 
 def everything(instruction_set, activations):
     """Outputs of all ops on the CPU for one set of inputs."""
@@ -771,9 +771,10 @@ def everything(instruction_set, activations):
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_instruction_sets_give_equal_bits(activations):
-    for index, (avx2, scalar) in enumerate(zip(everything("avx2", activations), everything("scalar", activations))):
-        assert same_bits(avx2, scalar), f"output {index}, shape {avx2.shape}"
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+def test_instruction_sets_give_equal_bits(instruction_set, activations):
+    for index, (vectors, scalar) in enumerate(zip(everything(instruction_set, activations), everything("scalar", activations))):
+        assert same_bits(vectors, scalar), f"output {index}, shape {vectors.shape}"
 
 
 def test_f16_values_round_as_numpy_does(backend):

@@ -33,10 +33,14 @@ const Kernels& choose_kernels(const std::string& instruction_set) {
   if (instruction_set == "scalar") return kernels_scalar;
 #if defined(__x86_64__)
   const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Each says yes only where the system also saves the registers.
+  const bool runs_avx512 = runs_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (runs_avx512 && (instruction_set.empty() || instruction_set == "avx512")) return kernels_avx512;
   if (runs_avx2 && (instruction_set.empty() || instruction_set == "avx2")) return kernels_avx2;
 #endif
   if (instruction_set.empty()) return kernels_scalar;
-  throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx2 (x86-64 with AVX2, FMA and F16C) or scalar.");
+  throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx512 (x86-64 with AVX-512 F, BW, DQ, VL and VNNI), avx2 (x86-64 with AVX2, FMA and F16C) or scalar.");
 }
 
 CpuActivation::CpuActivation(int r, int c, bool with_q8_32, bool with_q8_256) : Activation(r, c), arena(bytes(r, c, with_q8_32, with_q8_256)) {

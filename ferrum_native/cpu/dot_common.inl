@@ -52,12 +52,13 @@ inline void add_products_i16(__m256i& sum, __m256i u8, __m256i s8) {
   asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
 }
 
-/// Eight weight rows at one position; row r is `stride` bytes after row r - 1.
-struct Rows8 {
+/// Weight rows at one position; row r is `stride` bytes after row r - 1.
+struct Rows {
   const std::byte* base;
   size_t stride;
   const std::byte* row(int r) const { return base + static_cast<size_t>(r) * stride; }
 };
+using Rows8 = Rows;  // as a parameter: eight of them
 
 /// Sixteen bytes of each row, transposed: lane r of out[i] is bytes 4 i..4 i + 3 of row r.
 [[gnu::always_inline]] inline void load_quads(Rows8 rows, size_t offset, __m256i out[4]) {

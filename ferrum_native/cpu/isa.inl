@@ -1,4 +1,5 @@
-// All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 where it is that one.
+// All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 and FERRUM_SIMD_AVX512
+// where it has those.
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
@@ -10,6 +11,7 @@
 namespace ferrum::cpu::FERRUM_ISA {
 
 #include "dot_common.inl"
+#include "dot_rows16.inl"
 
 #include "dot_q4_k.inl"
 #include "dot_q6_k.inl"

@@ -98,7 +98,7 @@ struct AttentionTileArgs {
 };
 
 struct Kernels {
-  const char* name;  // "avx2", "scalar"
+  const char* name;  // "avx512", "avx2", "scalar"
 
   DotKernel dot[weight_type_count];        // activations in the form of the type
   DotKernel dot_float[weight_type_count];  // float activations
@@ -136,7 +136,8 @@ struct Kernels {
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;  // AVX2, FMA and F16C
+extern const Kernels kernels_avx2;    // AVX2, FMA and F16C
+extern const Kernels kernels_avx512;  // those and AVX-512 F, BW, DQ, VL, VNNI
 #endif
 
 }  // namespace ferrum::cpu
