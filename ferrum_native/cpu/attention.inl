@@ -1,12 +1,14 @@
-// Attention of some queries of one kv head over a range of keys. Scores of 16 keys are two vectors, since keys lie [head_dim, 16].
+// Attention of some queries of one kv head over a range of keys. Scores of 16 keys are one Wide, since keys lie [head_dim, 16].
 
 template <class Element> struct KvElement;
 template <> struct KvElement<uint16_t> {
   static F8 load(const uint16_t* p) { return load_f16(p); }
+  static Wide wide(const uint16_t* p) { return wide_load_f16(p); }
   static uint16_t from(float x) { return float_to_f16(x); }
 };
 template <> struct KvElement<float> {
   static F8 load(const float* p) { return ::ferrum::cpu::FERRUM_ISA::load(p); }
+  static Wide wide(const float* p) { return wide_load(p); }
   static float from(float x) { return x; }
 };
 
@@ -31,65 +33,75 @@ struct AttentionRow {
   float* state;
 };
 
+/// Rows that share one read of a block, and the vectors of which each adds two to its values at once: so many accumulators fit the registers.
+#if defined(FERRUM_SIMD_AVX512)
+constexpr int most_attention_rows = 8;
+using Values = Wide;
+#else
+constexpr int most_attention_rows = 4;
+using Values = F8;
+#endif
+
 /// The 16 scores of `Rows` rows, `scale` not yet applied: one fma chain over head_dim each.
-template <class Element, int Rows> inline void block_scores(const AttentionRow* rows, const Element* keys, int head_dim, F8 (*scores)[2]) {
-  F8 sum[Rows][2];
-  for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = zero();
+template <class Element, int Rows> inline void block_scores(const AttentionRow* rows, const Element* keys, int head_dim, Wide* scores) {
+  Wide sum[Rows];
+  for (Wide& x : sum) x = wide_set1(0.0f);
   for (int d = 0; d < head_dim; ++d) {
-    const F8 low = KvElement<Element>::load(keys + 16 * d), high = KvElement<Element>::load(keys + 16 * d + 8);
-    for (int r = 0; r < Rows; ++r) {
-      const F8 q = set1(rows[r].q[d]);
-      sum[r][0] = fma(q, low, sum[r][0]);
-      sum[r][1] = fma(q, high, sum[r][1]);
-    }
+    const Wide key = KvElement<Element>::wide(keys + 16 * d);
+    for (int r = 0; r < Rows; ++r) sum[r] = fma(wide_set1(rows[r].q[d]), key, sum[r]);
   }
-  for (int r = 0; r < Rows; ++r) scores[r][0] = sum[r][0], scores[r][1] = sum[r][1];
+  for (int r = 0; r < Rows; ++r) scores[r] = sum[r];
 }
 
 /// Turns scores into weights and updates the row's largest score and sum; returns what earlier values are multiplied with.
-inline float block_weights(const F8* scores, float scale, int visible, int head_dim, float* state, float* weights) {
-  store(weights, scores[0] * set1(scale));
-  store(weights + 8, scores[1] * set1(scale));
-  for (int i = visible; i < 16; ++i) weights[i] = -INFINITY;
-  const F8 low = load(weights), high = load(weights + 8);
+inline float block_weights(Wide scores, float scale, int visible, int head_dim, float* state, float* weights) {
+  scores = scores * wide_set1(scale);
+  if (visible < 16) scores = first_lanes(scores, visible, -INFINITY);
   float &largest = state[head_dim], &sum = state[head_dim + 1];
-  const float block_largest = reduce_max(max(low, high));
+  const float block_largest = reduce_max(max(low_half(scores), high_half(scores)));
   const float now = block_largest > largest ? block_largest : largest;
   const float keep = now == largest ? 1.0f : exp(largest - now);
-  const F8 p = exp(low - set1(now)), r = exp(high - set1(now));
+  const Wide p = exp(scores - wide_set1(now));
   store(weights, p);
-  store(weights + 8, r);
-  sum = fma(sum, keep, reduce_add(p + r));
+  sum = fma(sum, keep, reduce_add(low_half(p) + high_half(p)));
   largest = now;
   return keep;
 }
 
-/// state = state * keep + weights . values over the first `visible` keys in order, for `Rows` rows that see the same keys.
-template <class Element, int Rows, int Vectors>
+template <class Element> inline void load_values(const Element* p, F8& out) { out = KvElement<Element>::load(p); }
+template <class Element> inline void load_values(const Element* p, Wide& out) { out = KvElement<Element>::wide(p); }
+
+/// state = state * keep + weights . values over the first `visible` keys in order, for `Rows` rows that see the same keys: `Count` vectors from d on.
+template <class Vector, int Count, class Element, int Rows>
 inline void add_values_at(const AttentionRow* rows, const float (*weights)[16], const float* keep, const Element* values, int head_dim, int visible, int d) {
-  F8 sum[Rows][Vectors];
+  constexpr int size = sizeof(Vector) / sizeof(float);
+  Vector sum[Rows][Count];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = load(rows[r].state + d + 8 * v) * set1(keep[r]);
+    for (int v = 0; v < Count; ++v) {
+      load_values(rows[r].state + d + size * v, sum[r][v]);
+      sum[r][v] = sum[r][v] * all_lanes<Vector>(keep[r]);
+    }
   for (int key = 0; key < visible; ++key) {
-    F8 value[Vectors];
-    for (int v = 0; v < Vectors; ++v) value[v] = KvElement<Element>::load(values + key * head_dim + d + 8 * v);
+    Vector value[Count];
+    for (int v = 0; v < Count; ++v) load_values(values + key * head_dim + d + size * v, value[v]);
     for (int r = 0; r < Rows; ++r) {
-      const F8 weight = set1(weights[r][key]);
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
+      const Vector weight = all_lanes<Vector>(weights[r][key]);
+      for (int v = 0; v < Count; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) store(rows[r].state + d + 8 * v, sum[r][v]);
+    for (int v = 0; v < Count; ++v) store(rows[r].state + d + size * v, sum[r][v]);
 }
 
 template <class Element, int Rows> inline void add_block(const AttentionTileArgs& a, const AttentionRow* rows, const Element* keys, const Element* values, int visible) {
-  F8 scores[Rows][2];
+  Wide scores[Rows];
   float weights[Rows][16], keep[Rows];
   block_scores<Element, Rows>(rows, keys, a.head_dim, scores);
   for (int r = 0; r < Rows; ++r) keep[r] = block_weights(scores[r], a.scale, visible, a.head_dim, rows[r].state, weights[r]);
+  constexpr int two = 2 * sizeof(Values) / sizeof(float);
   int d = 0;
-  for (; d + 16 <= a.head_dim; d += 16) add_values_at<Element, Rows, 2>(rows, weights, keep, values, a.head_dim, visible, d);
-  if (d < a.head_dim) add_values_at<Element, Rows, 1>(rows, weights, keep, values, a.head_dim, visible, d);
+  for (; d + two <= a.head_dim; d += two) add_values_at<Values, 2, Element, Rows>(rows, weights, keep, values, a.head_dim, visible, d);
+  for (; d < a.head_dim; d += lanes) add_values_at<F8, 1, Element, Rows>(rows, weights, keep, values, a.head_dim, visible, d);
 }
 
 /// Brings the keys and values of a block near: the blocks of a sequence lie anywhere, so that the processor cannot guess the next one.
@@ -111,17 +123,17 @@ template <class Element> void attention_tile_of(const AttentionTileArgs& a) {
     const auto block = static_cast<size_t>(a.blocks[begin / 16]) * a.block_bytes;
     const auto *keys = reinterpret_cast<const Element*>(a.keys + block), *values = reinterpret_cast<const Element*>(a.values + block);
     if (begin + 16 < a.key_end) prefetch_block<Element>(a, a.blocks[begin / 16 + 1]);
-    // Rows before `r` of this loop see fewer keys; from the first query that sees the whole block on, all rows do.
+    // The heads of a query see the same keys; from the first query that sees the whole block on, all rows do.
     for (int r = 0; r < rows;) {
-      const int visible = a.first_position + r / a.group - begin + 1;
-      if (visible >= 16 && r + 4 <= rows) {
-        const AttentionRow four[4] = {row_at(r), row_at(r + 1), row_at(r + 2), row_at(r + 3)};
-        add_block<Element, 4>(a, four, keys, values, 16);
-        r += 4;
-        continue;
-      }
-      const AttentionRow one = row_at(r++);
-      if (visible > 0) add_block<Element, 1>(a, &one, keys, values, visible < 16 ? visible : 16);
+      const int seen = a.first_position + r / a.group - begin + 1, visible = seen < 16 ? seen : 16;
+      const int alike = visible < 16 ? a.group - r % a.group : rows - r;
+      const int count = visible <= 0 ? 0 : alike >= most_attention_rows ? most_attention_rows : alike >= 4 ? 4 : 1;
+      AttentionRow some[most_attention_rows];
+      for (int i = 0; i < count; ++i) some[i] = row_at(r + i);
+      if (count == most_attention_rows) add_block<Element, most_attention_rows>(a, some, keys, values, visible);
+      else if (count == 4) add_block<Element, 4>(a, some, keys, values, visible);
+      else if (count == 1) add_block<Element, 1>(a, some, keys, values, visible);
+      r += count ? count : alike;
     }
   }
 }

@@ -1,12 +1,5 @@
 // Compiled with the flags of isa_avx2.cpp and AVX-512 F, BW, DQ, VL and VNNI; called where the processor and the system have them all.
 #if defined(__x86_64__)
-// gcc 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #define FERRUM_SIMD_AVX2 1
 #define FERRUM_SIMD_AVX512 1
 #define FERRUM_ISA avx512

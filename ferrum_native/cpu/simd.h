@@ -6,7 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(FERRUM_SIMD_AVX2)
+#if defined(FERRUM_SIMD_AVX512)
+// gcc 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#elif defined(FERRUM_SIMD_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -244,21 +251,81 @@ template <class F> inline void each_vector(int size, F f) {
 inline F8 get(const float* p, int n) { return n == lanes ? load(p) : load_part(p, n); }
 inline void put(float* p, F8 x, int n) { n == lanes ? store(p, x) : store_part(p, x, n); }
 
+#if defined(FERRUM_SIMD_AVX512)
+
+/// Sixteen float lanes.
+struct Wide { __m512 v; };
+
+inline Wide wide_set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Wide wide_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Wide wide_load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void store(float* p, Wide x) { _mm512_storeu_ps(p, x.v); }
+inline F8 low_half(Wide x) { return {_mm512_castps512_ps256(x.v)}; }
+inline F8 high_half(Wide x) { return {_mm512_extractf32x8_ps(x.v, 1)}; }
+inline Wide operator+(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Wide operator-(Wide a, Wide b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Wide operator*(Wide a, Wide b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Wide max(Wide a, Wide b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Wide min(Wide a, Wide b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Wide round(Wide a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Wide exp2_of_integer(Wide n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
+inline Wide select_less(Wide a, Wide b, Wide yes, Wide no) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)}; }
+/// The first n lanes, the others `rest`.
+inline Wide first_lanes(Wide x, int n, float rest) { return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), _mm512_set1_ps(rest), x.v)}; }
+
+#else
+
+/// Sixteen float lanes.
+struct Wide { F8 low, high; };
+
+inline Wide wide_set1(float x) { return {set1(x), set1(x)}; }
+inline Wide wide_load(const float* p) { return {load(p), load(p + 8)}; }
+inline Wide wide_load_f16(const uint16_t* p) { return {load_f16(p), load_f16(p + 8)}; }
+inline void store(float* p, Wide x) { store(p, x.low), store(p + 8, x.high); }
+inline F8 low_half(Wide x) { return x.low; }
+inline F8 high_half(Wide x) { return x.high; }
+inline Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
+inline Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+inline Wide fma(Wide a, Wide b, Wide c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+/// The first n lanes, the others `rest`.
+inline Wide first_lanes(Wide x, int n, float rest) {
+  float lanes_of_x[16];
+  store(lanes_of_x, x);
+  for (int i = n; i < 16; ++i) lanes_of_x[i] = rest;
+  return wide_load(lanes_of_x);
+}
+
+#endif
+
+template <class Vector> Vector all_lanes(float x);
+template <> inline F8 all_lanes<F8>(float x) { return set1(x); }
+template <> inline Wide all_lanes<Wide>(float x) { return wide_set1(x); }
+
 /// exp(x), relative error below 2e-7 (Cephes' expf: range reduction by ln 2 in two parts, then a polynomial of degree 5).
 /// Below -87.3: 0 (also for -inf); above 88: exp(88). NaN stays NaN.
-inline F8 exp(F8 x) {
-  F8 clamped = min(set1(88.0f), max(set1(-87.3f), x));
-  F8 n = round(clamped * set1(1.44269504f));
-  F8 r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), clamped));
-  F8 p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  F8 e = fma(p, r * r, r) + set1(1.0f);
-  return select_less(x, set1(-87.3f), zero(), e * exp2_of_integer(n));
+template <class Vector> inline Vector exp_of_lanes(Vector x) {
+  auto all = [](float value) { return all_lanes<Vector>(value); };
+  Vector clamped = min(all(88.0f), max(all(-87.3f), x));
+  Vector n = round(clamped * all(1.44269504f));
+  Vector r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), clamped));
+  Vector p = all(1.9875691500e-4f);
+  p = fma(p, r, all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
+  Vector e = fma(p, r * r, r) + all(1.0f);
+  return select_less(x, all(-87.3f), all(0.0f), e * exp2_of_integer(n));
 }
+inline F8 exp(F8 x) { return exp_of_lanes(x); }
+#if defined(FERRUM_SIMD_AVX512)
+inline Wide exp(Wide x) { return exp_of_lanes(x); }
+#else
+inline Wide exp(Wide x) { return {exp(x.low), exp(x.high)}; }
+#endif
 
 /// exp(x) of one value: the same polynomial as the vector body, so that a tail gives the same bits.
 inline float exp(float x) {
