@@ -27,6 +27,7 @@ ELEMENT_LIMIT = 1 << 24  # array elements of one file's metadata, nested ones in
 DEPTH_LIMIT = 4  # arrays inside arrays
 NAME_LIMIT = 65535  # bytes of a key or tensor name
 MAX_DIMS = 4
+_FINGERPRINT_BYTES = 4096  # of every tensor
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
@@ -186,6 +187,7 @@ class GGUFFile:
         self.version: int = shards[0].version
         self.metadata: dict = shards[0].metadata
         self.file_bytes: int = sum(shard.nbytes for shard in shards)
+        self._header_bytes = [shard.header_bytes for shard in shards]
         self.tensors: dict[str, TensorInfo] = {}
         for index, shard in enumerate(shards):
             for name, tensor in shard.tensors.items():
@@ -209,6 +211,26 @@ class GGUFFile:
         shards = [shard if name == path else _read_shard(name) for name in _shard_paths(shard, count)]
         _check_split(shards)
         return cls(shards)
+
+    def fingerprint(self) -> str:
+        """What tells this model from others, in hex: SHA-256 of the shards' sizes and headers, and of the first 4 KiB of every tensor.
+
+        It reads some MiB of a file of any size, so a change deep inside a tensor goes unseen. ModelFileError if a file has changed or gone.
+        """
+        from hashlib import sha256
+
+        digest = sha256()
+        for index, (path, header_bytes) in enumerate(zip(self.paths, self._header_bytes)):
+            tensors = sorted((tensor.offset, tensor.nbytes) for tensor in self.tensors.values() if tensor.file_index == index)
+            try:
+                with open(path, "rb", opener=_open_regular) as file:
+                    digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+                    digest.update(file.read(header_bytes))
+                    for offset, size in tensors:
+                        digest.update(os.pread(file.fileno(), min(size, _FINGERPRINT_BYTES), offset))
+            except OSError as error:
+                _fail(path, f"cannot be read ({error.strerror or error})", "Check its permissions and the disk.")
+        return digest.hexdigest()
 
     @property
     def architecture(self) -> str:
@@ -238,13 +260,14 @@ class GGUFFile:
 
 
 class _Shard(NamedTuple):
-    """What one file holds."""
+    """What one file holds; `header_bytes` are before the first tensor."""
 
     path: str
     nbytes: int
     version: int
     metadata: dict
     tensors: dict[str, TensorInfo]
+    header_bytes: int
 
     def split_value(self, key: str, default: int | None = None) -> int:
         value = self.metadata.get(key, default)
@@ -355,7 +378,7 @@ class _Header:
         alignment = self.alignment(metadata)
         tensors = self.read_tensors(num_tensors, alignment)
         _check_layout(self.path, self.nbytes, tensors)
-        return _Shard(self.path, self.nbytes, version, metadata, {tensor.name: tensor for tensor in tensors})
+        return _Shard(self.path, self.nbytes, version, metadata, {tensor.name: tensor for tensor in tensors}, self.at)
 
     def read_version(self) -> int:
         version = self.read(_U32)

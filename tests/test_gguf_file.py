@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import TinyConfig, write_tiny_model
 
 from ferrum.errors import ModelFileError
 from ferrum.gguf_file import DEPTH_LIMIT, ELEMENT_LIMIT, ENTRY_LIMIT, HEADER_LIMIT, QUANT_TYPES, GGUFFile
@@ -498,3 +499,20 @@ def test_merges_are_split_at_their_space(tmp_path):
 @settings(max_examples=200, deadline=5000)
 def test_noise_after_the_magic_never_escapes_as_another_error(sample, noise):
     open_damaged(b"GGUF" + struct.pack("<I", 3) + noise, sample[1])
+
+
+def test_the_fingerprint_tells_models_apart_and_survives_a_move(tmp_path):
+    one = write_tiny_model(tmp_path / "one.gguf", config=TinyConfig(layers=1, experts=4))
+    other = write_tiny_model(tmp_path / "other.gguf", config=TinyConfig(layers=1, experts=4), seed=1)
+    fingerprint = GGUFFile.open(one).fingerprint()
+    assert len(fingerprint) == 64 and fingerprint != GGUFFile.open(other).fingerprint()
+    os.rename(one, tmp_path / "moved.gguf")
+    assert GGUFFile.open(tmp_path / "moved.gguf").fingerprint() == fingerprint
+    data = bytearray((tmp_path / "moved.gguf").read_bytes())
+    data[GGUFFile.open(tmp_path / "moved.gguf").tensors["blk.0.attn_q.weight"].offset] ^= 1
+    (tmp_path / "moved.gguf").write_bytes(data)
+    assert GGUFFile.open(tmp_path / "moved.gguf").fingerprint() != fingerprint
+    file = GGUFFile.open(tmp_path / "moved.gguf")
+    os.unlink(tmp_path / "moved.gguf")
+    with pytest.raises(ModelFileError, match="moved.gguf: cannot be read"):
+        file.fingerprint()
