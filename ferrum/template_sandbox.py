@@ -12,7 +12,7 @@ import json
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -24,10 +24,10 @@ class Refusal(TemplateError):
     """The template called `raise_exception`."""
 
 
-def compile_template(source: str) -> Template:
-    """The template of `source`; raises what jinja2 raises for a text that is no template."""
+def compile_template(source: str, *, undefined: type[Undefined] = Undefined) -> Template:
+    """The template of `source`; raises what jinja2 raises for a text that is no template. `undefined`: what a missing variable is."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
+        trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
     )
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_PlainNamespace)

@@ -78,22 +78,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message[:1].upper()}{message[1:]}{'' if message.endswith('?') else '.'}\nMore: {self.prog} --help\n")
 
     @staticmethod
-    def add_chat(group: argparse._ArgumentGroup) -> None:
-        """The flags about a conversation."""
-        group.add_argument("--chat", action="store_true", help="answer PROMPT as a message, through the model's chat template")
+    def add_chat(group: argparse._ArgumentGroup, prompt: str = "PROMPT", without: str = "") -> None:
+        """The flags about a conversation; `without`: what happens without --chat."""
+        note = f" ({without})" if without else ""
+        group.add_argument("--chat", action="store_true", help=f"answer {prompt} as a message, through the model's chat template{note}")
         group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
         group.add_argument("--no-think", action="store_true", help="with --chat: ask a thinking model to answer at once")
 
-    def add_engine(self) -> None:
-        """The flags about the model and the engine."""
+    def add_engine(self, *, without: Collection[str] = (), defaults: Mapping[str, Any] = {}) -> None:
+        """The flags about the model and the engine, but for some settings; `defaults` as of `add_settings`."""
         group = self.add_argument_group("model and engine")
         group.add_argument(
             "-m", "--model", metavar="MODEL.gguf",
             help="GGUF file to run; of a split model, any shard (default: FERRUM_MODEL, else the demo model)",
         )
-        add_settings(group, EngineOptions)
+        add_settings(group, EngineOptions, without=without, defaults=defaults)
 
-    def add_output(self, json_help: str = "", verbose_help: str = "") -> None:
+    def add_output(self, json_help: str = "", verbose_help: str = "") -> argparse._ArgumentGroup:
         """The flags about what is shown; --json and --verbose where a command has them."""
         group = self.add_argument_group("output")
         if json_help:
@@ -101,6 +102,7 @@ class Parser(argparse.ArgumentParser):
         if verbose_help:
             group.add_argument("--verbose", action="store_true", help=verbose_help)
         group.add_argument("-h", "--help", action="help", help="show this page")
+        return group
 
 
 def add_settings(group: argparse._ArgumentGroup, cls: type, *, without: Collection[str] = (), defaults: Mapping[str, Any] = {}) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TextIO
 
-from ferrum.options import color_wanted
+from ferrum.options import color_wanted, cursor_moves
 
 BOLD, DIM = "1", "2"
 
@@ -143,11 +143,20 @@ class ProgressLine:
 
     def _write(self, line: str) -> None:
         try:
-            sys.stderr.write("\r" + styled(line.ljust(self._shown), DIM, sys.stderr) + ("" if line else "\r"))
+            end = "" if line else "\r\033[K" if cursor_moves() else "\r"  # Ctrl-C has written ^C behind the line
+            sys.stderr.write("\r" + styled(line.ljust(self._shown), DIM, sys.stderr) + end)
             sys.stderr.flush()
         except OSError:
             pass
         self._shown = len(line)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that stderr is."""
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
 
 
 def size(nbytes: int) -> str:
