@@ -54,6 +54,7 @@ _HOME = {
     "OutOfMemory": "ferrum.errors",
     "OptionError": "ferrum.errors",
     "ChatTemplateError": "ferrum.errors",
+    "BatchError": "ferrum.errors",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -61,7 +62,9 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from ferrum.async_llm import AsyncLLM as AsyncLLM, AsyncStream as AsyncStream
     from ferrum.chat_template import ChatTemplate as ChatTemplate
+    from ferrum import batch as batch
     from ferrum.errors import (
+        BatchError as BatchError,
         Cancelled as Cancelled,
         ChatTemplateError as ChatTemplateError,
         ContextFull as ContextFull,
@@ -98,6 +101,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "batch":
+        return import_module("ferrum.batch")
     if name not in _HOME:
         raise AttributeError(f"module 'ferrum' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

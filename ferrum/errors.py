@@ -59,6 +59,10 @@ class OptionError(FerrumError, ValueError):
     """An option has a value it cannot have, or contradicts another."""
 
 
+class BatchError(FerrumError):
+    """A batch job cannot begin or go on; the rows that it has finished are kept."""
+
+
 class ChatTemplateError(FerrumError, ValueError):
     """A chat template cannot be read, or refuses or fails on what it was given.
 

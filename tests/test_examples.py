@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "tools" / "examples").glob("*.py"))
 SHOWN = {  # a line of each example's output
     "async_streams.py": r"^in a hurry: .+ \[(length|stop)\]$",
+    "batch_job.py": r"^12 rows, \d+ of them done before, 0 errors$",
     "best_of.py": r"^ +-\d+\.\d\d  seed [3-6] '.+'$",
     "chat_session.py": r"^\[92 prompt tokens; 7\d were in the KV cache before\]$",
     "fit_memory.py": r"^within 27MiB: weights 12\.6 MiB, KV cache \d\.\d MiB for 1\d{3} tokens, scratch \d+\.\d MiB$",

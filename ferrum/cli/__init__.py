@@ -15,6 +15,7 @@ from ferrum.cli.output import close_quietly, note, note_error, prepare_streams, 
 COMMANDS = {
     "generate": ("ferrum.cli.generate", "continue a text"),
     "chat": ("ferrum.cli.chat", "talk with the model, turn by turn"),
+    "batch": ("ferrum.cli.batch", "run a file of prompts, with results in a file"),
     "bench": ("ferrum.cli.bench", "measure how fast a model runs on this machine"),
     "inspect": ("ferrum.cli.inspect", "show what is in a model file and what memory it would take"),
 }
@@ -23,7 +24,7 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 error, 2 usage, 130 Ctrl-C, 141 broken pipe."""
+    """Run a command; returns the exit code: 0, 1 error, 2 usage, 130 Ctrl-C, 141 broken pipe, 143 SIGTERM (batch)."""
     from ferrum.errors import FerrumError, OptionError
 
     prepare_streams()
