@@ -14,7 +14,8 @@ from tiny_models import TinyConfig, write_tiny_model
 
 import ferrum
 import ferrum.batch
-from ferrum import LLM, BatchError, DeviceError, EngineClosed, GGUFFile, OptionError, SamplingParams
+from ferrum import LLM, BatchError, DeviceError, EngineClosed, GGUFFile, OptionError, OutOfMemory, SamplingParams
+from ferrum.batch.model import Model
 from ferrum.batch.schedule import grouped
 from ferrum_native._native import Engine
 
@@ -390,6 +391,28 @@ def test_a_window_is_bounded_by_its_tokens():
     order = grouped(rows(), lambda row: row, window_tokens=4000)
     next(order)
     assert read <= 8
+
+
+def test_as_many_rows_run_at_once_as_was_said_or_as_the_memory_holds():
+    def sequences(concurrency=None, **options):
+        with Model(None, None, options, concurrency).loaded({}) as llm:
+            return llm.options["max_sequences"], llm.options["kv_tokens"]
+
+    assert sequences(concurrency=5, kv_tokens=112) == (5, 112)
+    assert sequences() == sequences("auto")
+    assert sequences()[0] == 64 and sequences()[1] >= 2048
+    assert sequences(max_sequences=7)[0] == 7 and sequences("auto", max_sequences=7)[0] == 64
+    few = next(sequences(memory_budget=f"{mib}MiB") for mib in range(18, 40) if _plan_fits(f"{mib}MiB"))
+    assert few[0] in (16, 32)
+    with pytest.raises(OptionError, match="they are the same"):
+        sequences(5, max_sequences=6)
+
+
+def _plan_fits(budget):
+    try:
+        return bool(ferrum.plan(memory_budget=budget))
+    except OutOfMemory:
+        return False
 
 
 class _Devices:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ferrum.errors import OptionError
-from ferrum.options import DEFAULT, available_memory
+from ferrum.errors import OptionError, OutOfMemory
+from ferrum.memory_plan import Plan, plan
+from ferrum.options import DEFAULT, GIVEN, available_memory
 
 AUTO = "auto"
-MOST_SEQUENCES = 64
+SEQUENCES = (64, 32, 16)  # the first that the memory holds
 TOKENS_EACH = 512  # of prompt and text, on average; longer rows wait for each other
 _SHARE = 4  # the KV cache takes at most one part in so many of the memory that is available
 
@@ -21,31 +22,44 @@ _SHARE = 4  # the KV cache takes at most one part in so many of the memory that 
 def sized(path: str, options: Mapping[str, Any], sources: Mapping[str, str], concurrency: int | str | None) -> dict[str, Any]:
     """Options of the engine for a job.
 
-    `concurrency` rows, or as "auto" (None: unless max_sequences is set) 64; where kv_tokens and memory_budget are not set, 512 tokens
-    of KV cache for each, within a quarter of the memory that is available, and not less than the engine's default.
+    `concurrency` rows, or as "auto" (None: unless max_sequences is set) 64, or half or a quarter where the memory holds no more. Where
+    kv_tokens and memory_budget are not set: 512 tokens of KV cache for each, within a quarter of the memory that is available, and not
+    less than the engine's default.
     """
     options = dict(options)
     if concurrency not in (None, AUTO):
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= 65536:
             raise OptionError(f"concurrency is {concurrency!r}: expected auto, or a whole number of rows from 1 to 65536.")
-        if sources["max_sequences"] != DEFAULT and options.get("max_sequences") not in (None, concurrency):
+        if sources["max_sequences"] == GIVEN and options["max_sequences"] != concurrency:
             raise OptionError(f"concurrency is {concurrency} and max_sequences is {options['max_sequences']}: they are the same. Give one of them.")
         options["max_sequences"] = concurrency
+        planned = _plan(path, options)
     elif concurrency == AUTO or sources["max_sequences"] == DEFAULT:
-        options["max_sequences"] = MOST_SEQUENCES
+        for sequences in SEQUENCES:
+            options["max_sequences"] = sequences
+            try:
+                planned = _plan(path, options)
+                break
+            except OutOfMemory:
+                if sequences == SEQUENCES[-1]:
+                    raise
+    else:
+        planned = _plan(path, options)
     if sources["kv_tokens"] == DEFAULT and sources["memory_budget"] == DEFAULT:
-        options["kv_tokens"] = _kv_tokens(path, options)
+        options["kv_tokens"] = _kv_tokens(planned)
     return options
 
 
-def _kv_tokens(path: str, options: Mapping[str, Any]) -> int | None:
-    from ferrum.memory_plan import plan
+def _plan(path: str, options: Mapping[str, Any]) -> Plan:
+    return plan(path, **{name: value for name, value in options.items() if name != "profile"})
 
-    planned = plan(path, **{name: value for name, value in options.items() if name not in ("profile", "kv_tokens")})
+
+def _kv_tokens(planned: Plan) -> int | None:
+    """Tokens of KV cache; None leaves them to the engine."""
     memory = available_memory()
-    if memory is None or not options.get("max_sequences"):
+    if memory is None:
         return None
     each = min(TOKENS_EACH, planned.config["context_length"])
     fitting = (memory - planned.total_bytes) // _SHARE // planned.kv_bytes_per_token
-    wanted = min(options["max_sequences"] * each, fitting)
+    wanted = min(planned.options["max_sequences"] * each, fitting)
     return wanted if wanted > planned.options["kv_tokens"] else None

@@ -85,7 +85,8 @@ def parser() -> Parser:
     job.add_argument("--retry-errors", action="store_true", help="with --resume: run error rows anew")
     job.add_argument("--max-errors", type=_count, metavar="N", help="stop after more than N error rows (default: never)")
     job.add_argument("--concurrency", type=_concurrency, metavar="auto|N", help="""rows that run at once: the engine's max_sequences.
-        auto: 64, with a KV cache of 512 tokens for each where a quarter of the memory that is available holds it (default: auto)""")
+        auto: 64 (32 or 16 in little memory), with a KV cache of 512 tokens for each where a quarter of the memory that is
+        available holds it (default: auto)""")
     job.add_argument("--dry-run", action="store_true", help="""read, check and count the tokens of all rows, show what memory the job
         would take, and run nothing""")
     add_settings(parser.add_argument_group("sampling, of rows that do not say otherwise"), SamplingParams)
