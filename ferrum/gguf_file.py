@@ -14,7 +14,6 @@ import re
 import stat
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
 from hashlib import sha256
 from struct import Struct
 from typing import NamedTuple, NoReturn
@@ -217,8 +216,6 @@ class GGUFFile:
 
         It reads some MiB of a file of any size, so a change deep inside a tensor goes unseen. ModelFileError if a file has changed or gone.
         """
-        from hashlib import sha256
-
         digest = sha256()
         for index, (path, header_bytes) in enumerate(zip(self.paths, self._header_bytes)):
             tensors = sorted((tensor.offset, tensor.nbytes) for tensor in self.tensors.values() if tensor.file_index == index)
@@ -239,24 +236,6 @@ class GGUFFile:
         if not isinstance(name, str):
             _fail(self.paths[0], "general.architecture is missing or not a string", "Convert the model anew.")
         return name
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells this model from others, cheaply: SHA-256, in hex, over each shard's size and header and the first 4 KiB of each tensor."""
-        digest = sha256()
-        for index, path in enumerate(self.paths):
-            tensors = sorted((tensor.offset, tensor.nbytes) for tensor in self.tensors.values() if tensor.file_index == index)
-            try:
-                with open(path, "rb", opener=_open_regular) as file:
-                    nbytes = os.fstat(file.fileno()).st_size
-                    digest.update(nbytes.to_bytes(8, "little"))
-                    digest.update(file.read(tensors[0][0] if tensors else nbytes))
-                    for offset, length in tensors:
-                        file.seek(offset)
-                        digest.update(file.read(min(length, 4096)))
-            except OSError as error:
-                _fail(path, f"cannot be read ({error.strerror or error})", "Check its permissions and the disk.")
-        return digest.hexdigest()
 
 
 class _Shard(NamedTuple):

@@ -73,7 +73,7 @@ def _made_by(engine: Engine, file: GGUFFile) -> dict[str, str]:
     shape = {name: config[name] for name in ("num_layers", "num_kv_heads", "head_dim")}
     device = re.match(r"\w+", engine.device)
     return {
-        "format": "ferrum session", "version": str(VERSION), "model": file.fingerprint, "device": device.group() if device else engine.device,
+        "format": "ferrum session", "version": str(VERSION), "model": file.fingerprint(), "device": device.group() if device else engine.device,
         "kv_type": options["kv_type"], "activations": options["activations"], **{name: str(value) for name, value in shape.items()},
     }
 

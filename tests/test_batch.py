@@ -160,6 +160,7 @@ def test_rows_are_taken_from_an_endless_iterable_as_there_is_room(llm):
     assert [next(results)["text"] != "" for _ in range(3)] == [True] * 3
     results.close()
     assert taken < 2000
+    llm._loop.settle()
     assert llm.engine.stats()["live_sequences"] == 0
 
 

@@ -229,10 +229,3 @@ def test_keys_and_values_of_another_shape_or_type_are_refused(engine):
             engine.import_kv(1, tokens, given)
     engine.import_kv(1, TOKENS, np.asfortranarray(kv))
     assert np.array_equal(engine.export_kv(1), kv)
-
-
-def test_a_fingerprint_tells_models_apart(model, tmp_path):
-    same = GGUFFile.open(write_tiny_model(tmp_path / "same.gguf", config=CONFIG, types="Q8_0"))
-    other = GGUFFile.open(write_tiny_model(tmp_path / "other.gguf", config=CONFIG, types="Q8_0", seed=5))
-    assert model.fingerprint == same.fingerprint != other.fingerprint
-    assert len(model.fingerprint) == 64
