@@ -42,6 +42,8 @@ def plan(
     max_sequences: int | None = None,
     prefill_chunk: int | None = None,
     max_logit_rows: int | None = None,
+    prefix_cache: bool | None = None,
+    profile: bool | None = None,
 ) -> Plan:
     """The plan of an LLM with these options: only the file's header is read, nothing is allocated.
 
@@ -52,5 +54,5 @@ def plan(
 
     resolved = resolve(model, dict(
         device=device, threads=threads, kv_tokens=kv_tokens, memory_budget=memory_budget, kv_type=kv_type, activations=activations,
-        max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows))
+        max_sequences=max_sequences, prefill_chunk=prefill_chunk, max_logit_rows=max_logit_rows, prefix_cache=prefix_cache, profile=profile))
     return Plan(model=resolved.model, **native_plan(GGUFFile.open(resolved.model), **resolved.options.arguments()))

@@ -33,25 +33,21 @@ def sized(path: str, options: Mapping[str, Any], sources: Mapping[str, str], con
         if sources["max_sequences"] == GIVEN and options["max_sequences"] != concurrency:
             raise OptionError(f"concurrency is {concurrency} and max_sequences is {options['max_sequences']}: they are the same. Give one of them.")
         options["max_sequences"] = concurrency
-        planned = _plan(path, options)
+        planned = plan(path, **options)
     elif concurrency == AUTO or sources["max_sequences"] == DEFAULT:
         for sequences in SEQUENCES:
             options["max_sequences"] = sequences
             try:
-                planned = _plan(path, options)
+                planned = plan(path, **options)
                 break
             except OutOfMemory:
                 if sequences == SEQUENCES[-1]:
                     raise
     else:
-        planned = _plan(path, options)
+        planned = plan(path, **options)
     if sources["kv_tokens"] == DEFAULT and sources["memory_budget"] == DEFAULT:
         options["kv_tokens"] = _kv_tokens(planned)
     return options
-
-
-def _plan(path: str, options: Mapping[str, Any]) -> Plan:
-    return plan(path, **{name: value for name, value in options.items() if name != "profile"})
 
 
 def _kv_tokens(planned: Plan) -> int | None:

@@ -63,5 +63,5 @@ def checked(path: str | os.PathLike, model: Model, given: Given, limit: int | No
                 most += request.params.n * (room if request.params.max_tokens is None else min(request.params.max_tokens, room))
             if tokens > longest:
                 longest, longest_line = tokens, row.line
-        planned = plan(llm.model, **{name: value for name, value in llm.options.items() if name != "profile"})
+        planned = plan(llm.model, **llm.options)
     return Check(len(index), error_rows, errors, prompt_tokens, longest, longest_line, most, planned)

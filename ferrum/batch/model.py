@@ -79,8 +79,7 @@ class Model:
             return self.given_options()
         from ferrum.memory_plan import plan
 
-        given = {name: value for name, value in self._options.items() if name != "profile"}
-        planned = plan(self._path, **given)
+        planned = plan(self._path, **self._options)
         return {**{name: planned.options[name] for name in TELLING_OPTIONS}, "device": planned.device.split()[0]}
 
     @contextmanager
