@@ -53,9 +53,8 @@ class SamplingParams:
     i of `n` draws with seed + i. Log-probabilities are those of the model, before edits and temperature.
 
     logits_processors: functions `f(token_ids, logits) -> None` that edit the row `logits` [vocab_size] float32 in place before a token
-    is drawn; `token_ids` are prompt and text so far. They run between steps, while every other text waits, and where something is
-    drawn the row is sorted whole: for 151,936 tokens some 4 ms a token beside their own time, 0.2 ms at temperature 0. What they raise
-    ends their own request.
+    is drawn; `token_ids` are prompt and text so far. They run between steps, while every other text waits; beside their own time a token
+    of 151,936 costs some 0.1 ms at temperature 0, 0.7 ms otherwise. What they raise ends their own request.
     """
 
     n: int = setting(
@@ -225,6 +224,19 @@ def full_row(logits: npt.NDArray[np.float32], unused_ids: Collection[int] = ()) 
     falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
     ids = (np.sort(falling << np.uint64(32) | ids.astype(np.uint64)) & np.uint64(0xFFFFFFFF)).astype(np.int64)
     return CandidateRows(ids[None], logits[ids][None], 0, np.zeros(1))
+
+
+def largest(logits: npt.NDArray[np.float32], count: int, temperature: float) -> CandidateRows:
+    """The first `count` tokens of a row of logits [vocab_size], in order."""
+    import numpy as np
+
+    count = min(count, len(logits))
+    ids = np.flatnonzero(logits >= np.partition(logits, len(logits) - count)[len(logits) - count])
+    ids = ids[np.argsort(-logits[ids], kind="stable")[:count]]
+    top = np.float64(logits[ids[0]])
+    with np.errstate(under="ignore"):
+        total = np.exp((logits - np.float32(top)) / np.float32(temperature)).sum(dtype=np.float64)
+    return CandidateRows(ids[None], logits[ids][None], len(logits) - count, np.array([top / np.float32(temperature) + np.log(total)]))
 
 
 def sample(rows: CandidateRows, params: SamplingParams, u: float) -> int | None:

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings, strategies as st
 from ferrum.errors import DeviceError, OptionError
 from ferrum.gguf_file import GGUFFile
 from ferrum.logit_edits import LogitEdits
-from ferrum.sampling import CandidateRows, SamplingParams, candidate_count, draw, draw_rule, draw_rules, full_row, sample, uniform
+from ferrum.sampling import CandidateRows, SamplingParams, candidate_count, draw, draw_rule, draw_rules, full_row, largest, sample, uniform
 from ferrum.stopping import StopChecker
 from ferrum_native._native import Engine
 
@@ -345,3 +345,19 @@ def test_uniforms_are_uniform_and_do_not_depend_on_each_other():
 def test_a_uniform_is_the_same_in_any_order():
     sequence = [uniform(3, at) for at in range(50)]
     assert [uniform(3, at) for at in reversed(range(50))] == sequence[::-1]
+
+
+@given(data=st.data())
+def test_the_largest_of_a_row_decide_as_the_full_row_does_or_not_at_all(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    logits = (np.round(rng.normal(0, 2, 200) * 4) / data.draw(st.sampled_from((1, 4, 16)))).astype(np.float32)  # with ties
+    logits[rng.random(200) < data.draw(st.sampled_from((0, 0.5, 0.99)))] = -np.inf
+    logits[data.draw(st.integers(0, 199))] = 1.0
+    params = SamplingParams(temperature=data.draw(st.sampled_from((0.3, 1.0, 5.0))), top_k=data.draw(st.sampled_from((0, 5, 40))),
+                            top_p=data.draw(st.sampled_from((1.0, 0.9, 0.5))), min_p=data.draw(st.sampled_from((0.0, 0.1))),
+                            typical_p=data.draw(st.sampled_from((1.0, 0.8))))
+    count = data.draw(st.sampled_from((1, 5, 64, 200, 300)))
+    rows, whole, u = largest(logits, count, params.temperature), full_row(logits), data.draw(st.floats(0, 1, exclude_max=True))
+    assert rows.ids[0].tolist() == whole.ids[0, :count].tolist()
+    token = sample(rows, params, u)
+    assert token == sample(whole, params, u) if count >= 200 else token in (None, sample(whole, params, u))
