@@ -122,6 +122,11 @@ class Prefetch {
     fetch<_MM_HINT_T1>(linear_, Bytes);
     linear_ += Bytes;
   }
+  /// The same into the L1 cache, which is faster where 16 rows are read at once.
+  template <int Bytes> void linear_to_l1() {
+    fetch<_MM_HINT_T0>(linear_, Bytes);
+    linear_ += Bytes;
+  }
   /// Turns to the block after the one to be computed; at the end of the rows that is the first block of the next group.
   template <int BlockBytes> void next_block() {
     use_ += BlockBytes;

@@ -215,61 +215,54 @@ struct Q4_K {
 #if defined(FERRUM_SIMD_AVX512)
 
 struct Q4_K16 {
-  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ4_K), step_weights = 256;
+  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ4_K);
 
   /// One block of 16 rows, lanes are rows.
   struct alignas(64) Unpacked {
-    __m512i q[64];      // [k / 4]: four values
-    __m512i scale[8];   // int32
-    __m512i mins[8];    // twice as int16
+    __m512i q[64];     // [k / 4]: four values
+    __m512i scale[8];  // int32
+    __m512i min[8];    // twice as int16
     __m512 d, dmin;
   };
 
-  static void unpack(Rows16 rows, int, Prefetch& prefetch, Unpacked& out) {
-    prefetch.next_block<block_bytes>();
+  static void unpack(Rows16 rows, Unpacked& out) {
+    const __m512i six = _mm512_set1_epi8(63), four = _mm512_set1_epi8(15), upper_two = _mm512_set1_epi8(48);
     __m512i x[4];  // d and dmin, scales[0..3], scales[4..7], scales[8..11]
     load_quads(rows, 0, x);
     out.d = low_f16_of_lanes(x[0]);
     out.dmin = low_f16_of_lanes(_mm512_srli_epi32(x[0], 16));
-    const __m512i six = _mm512_set1_epi8(63), four = _mm512_set1_epi8(15), upper_two = _mm512_set1_epi8(48);
     auto with_upper = [&](__m512i low, __m512i high) { return _mm512_or_si512(_mm512_and_si512(low, four), _mm512_and_si512(_mm512_srli_epi16(high, 2), upper_two)); };
     const __m512i scale[2] = {_mm512_and_si512(x[1], six), with_upper(x[3], x[1])};
     const __m512i min[2] = {_mm512_and_si512(x[2], six), with_upper(_mm512_srli_epi16(x[3], 4), x[2])};
-    for (int h = 0; h < 2; ++h) {
-      out.scale[4 * h] = byte_of_lanes<0>(scale[h]);
-      out.scale[4 * h + 1] = byte_of_lanes<1>(scale[h]);
-      out.scale[4 * h + 2] = byte_of_lanes<2>(scale[h]);
-      out.scale[4 * h + 3] = byte_of_lanes<3>(scale[h]);
-      for (int b = 0; b < 4; ++b) out.mins[4 * h + b] = _mm512_shuffle_epi8(min[h], _mm512_broadcast_i64x4(lane_bytes_as_u16(b, b)));
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        prefetch.to_l2<2 * block_bytes>();
-        prefetch.to_l1<block_bytes>(4 * j + 2 * half);
-        prefetch.to_l1<block_bytes>(4 * j + 2 * half + 1);
-        __m512i q[4];
-        load_quads(rows, static_cast<size_t>(16 + 32 * j + 16 * half), q);
-        for (int n = 0; n < 4; ++n) {
-          out.q[16 * j + 4 * half + n] = _mm512_and_si512(q[n], four);
-          out.q[16 * j + 8 + 4 * half + n] = _mm512_and_si512(_mm512_srli_epi16(q[n], 4), four);
-        }
+    for (int h = 0; h < 2; ++h)
+      for (int b = 0; b < 4; ++b) {
+        out.scale[4 * h + b] = byte_of_lanes(scale[h], b);
+        out.min[4 * h + b] = _mm512_shuffle_epi8(min[h], _mm512_broadcast_i64x4(lane_bytes_as_u16(b, b)));
       }
+    for (int j = 0; j < 4; ++j) {
+      __m512i q[8];
+      load_octs(rows, static_cast<size_t>(16 + 32 * j), q);
+      for (int n = 0; n < 8; ++n) {
+        out.q[16 * j + n] = _mm512_and_si512(q[n], four);
+        out.q[16 * j + 8 + n] = _mm512_and_si512(_mm512_srli_epi16(q[n], 4), four);
+      }
+    }
   }
 
-  template <int C> static void tile(const Unpacked& w, int, int i, const Column* columns, float (*sums)[16]) {
-    __m512i isum[C], msum[C];
+  template <int C, bool Ahead> static void tile(const Unpacked& w, int i, const Column* columns, [[maybe_unused]] Prefetch& prefetch, float (*sums)[16]) {
     const int8_t* y[C];
-    const int16_t* factors[C];
+    const int16_t *factors[C], *sums_16[C];
+    __m512i isum[C], msum[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      isum[c] = _mm512_setzero_si512();
       y[c] = columns[c].q8_256 + i;
       factors[c] = columns[c].factor_32 + i / 32;
+      sums_16[c] = columns[c].sums_16 + i / 16;
+      isum[c] = msum[c] = _mm512_setzero_si512();
     }
 #pragma GCC unroll 1
     for (int s = 0; s < 8; ++s) {
+      if constexpr (Ahead) prefetch_eighth<block_bytes>(prefetch, s);
       __m512i a[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) a[c] = _mm512_setzero_si512();
@@ -281,11 +274,9 @@ struct Q4_K16 {
       for (int c = 0; c < C; ++c) isum[c] = _mm512_add_epi32(isum[c], _mm512_mullo_epi32(a[c], _mm512_mullo_epi16(w.scale[s], _mm512_set1_epi16(factors[c][s]))));
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) msum[c] = _mm512_setzero_si512();
-#pragma GCC unroll 8
     for (int s = 0; s < 8; ++s)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) add_pairs(msum[c], w.mins[s], columns[c].sums_16 + i / 16 + 2 * s);
+      for (int c = 0; c < C; ++c) add_pairs(msum[c], w.min[s], sums_16[c] + 2 * s);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const __m512 value = _mm512_fmsub_ps(w.d, _mm512_cvtepi32_ps(isum[c]), _mm512_mul_ps(w.dmin, _mm512_cvtepi32_ps(msum[c])));

@@ -217,90 +217,85 @@ struct Q6_K {
 #if defined(FERRUM_SIMD_AVX512)
 
 struct Q6_K16 {
-  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ6_K), step_weights = 256;
-  static constexpr size_t qh_offset = offsetof(BlockQ6_K, qh), scales_offset = offsetof(BlockQ6_K, scales), d_offset = offsetof(BlockQ6_K, d);
+  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ6_K);
 
   /// One block of 16 rows, lanes are rows.
   struct alignas(64) Unpacked {
-    __m512i q[64];            // [k / 4]: four values, 0..63
-    __m512i scale[16];        // int32
-    __m512i scale_pairs[8];   // of sub-blocks 2 j and 2 j + 1 as int16
+    __m512i q[64];           // [k / 4]: four values, 0..63
+    __m512i scale[16];       // int32
+    __m512i scale_pairs[8];  // of sub-blocks 2 j and 2 j + 1 as int16
     __m512 d;
   };
 
-  /// Four values of group 0..3, as in the comment of BlockQ6_K: unsigned bytes 0..63.
-  template <int Group> static inline __m512i values(__m512i ql, __m512i qh) {
+  /// Eight quads of group 0..3, as in the comment of BlockQ6_K: unsigned bytes 0..63.
+  template <int Group> [[gnu::always_inline]] static inline void unpack_group(const __m512i* ql, const __m512i* qh, __m512i* out) {
     const __m512i four = _mm512_set1_epi8(15), upper_two = _mm512_set1_epi8(48);
-    __m512i low = _mm512_and_si512(Group < 2 ? ql : _mm512_srli_epi16(ql, 4), four);
-    __m512i high = Group == 0 ? _mm512_slli_epi16(qh, 4) : Group == 1 ? _mm512_slli_epi16(qh, 2) : Group == 2 ? qh : _mm512_srli_epi16(qh, 2);
-    return _mm512_ternarylogic_epi32(low, high, upper_two, 0xf8);  // low | (high & upper_two)
+    for (int n = 0; n < 8; ++n) {
+      const __m512i low = _mm512_and_si512(Group < 2 ? ql[n] : _mm512_srli_epi16(ql[n], 4), four);
+      const __m512i high = Group == 0 ? _mm512_slli_epi16(qh[n], 4) : Group == 1 ? _mm512_slli_epi16(qh[n], 2) : Group == 2 ? qh[n] : _mm512_srli_epi16(qh[n], 2);
+      out[n] = _mm512_ternarylogic_epi32(low, high, upper_two, 0xf8);  // low | (high & upper_two)
+    }
   }
 
-  static void unpack(Rows16 rows, int, Prefetch& prefetch, Unpacked& out) {
-    prefetch.next_block<block_bytes>();
-    __m512i scales[4];  // bytes are the scales of sub-blocks 4 g..4 g + 3
-    load_quads(rows, scales_offset, scales);
-#pragma GCC unroll 4
+  static void unpack(Rows16 rows, Unpacked& out) {
+    __m512i scales[4], last[4];  // bytes are the scales of sub-blocks 4 g..4 g + 3; the last four bytes of a block end with d
+    load_quads(rows, offsetof(BlockQ6_K, scales), scales);
+    load_quads(rows, sizeof(BlockQ6_K) - 16, last);
+    out.d = low_f16_of_lanes(_mm512_srli_epi32(last[3], 16));
     for (int g = 0; g < 4; ++g) {
       for (int b = 0; b < 4; ++b) out.scale[4 * g + b] = _mm512_srai_epi32(_mm512_slli_epi32(scales[g], static_cast<unsigned>(24 - 8 * b)), 24);
       for (int j = 0; j < 2; ++j)
         out.scale_pairs[2 * g + j] = _mm512_srai_epi16(_mm512_shuffle_epi8(scales[g], _mm512_broadcast_i64x4(lane_bytes_as_high(2 * j, 2 * j + 1))), 8);
     }
-    __m512i tail[4];  // the last four bytes of a block end with d
-    load_quads(rows, sizeof(BlockQ6_K) - 16, tail);
-    out.d = low_f16_of_lanes(_mm512_srli_epi32(tail[3], 16));
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 2
-      for (int part = 0; part < 2; ++part) {
-        prefetch.to_l2<4 * block_bytes>();
-        for (int r = 0; r < 4; ++r) prefetch.to_l1<block_bytes>(8 * half + 4 * part + r);
-        __m512i low[4], high[4], qh[4];
-        load_quads(rows, static_cast<size_t>(64 * half + 16 * part), low);
-        load_quads(rows, static_cast<size_t>(64 * half + 32 + 16 * part), high);
-        load_quads(rows, qh_offset + static_cast<size_t>(32 * half + 16 * part), qh);
-        for (int n = 0; n < 4; ++n) {
-          __m512i* quad = out.q + 32 * half + 4 * part + n;
-          quad[0] = values<0>(low[n], qh[n]);
-          quad[8] = values<1>(high[n], qh[n]);
-          quad[16] = values<2>(low[n], qh[n]);
-          quad[24] = values<3>(high[n], qh[n]);
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      __m512i low[8], high[8], qh[8], *q = out.q + 32 * half;
+      load_octs(rows, static_cast<size_t>(64 * half), low);
+      load_octs(rows, static_cast<size_t>(64 * half + 32), high);
+      load_octs(rows, offsetof(BlockQ6_K, qh) + static_cast<size_t>(32 * half), qh);
+      unpack_group<0>(low, qh, q);
+      unpack_group<1>(high, qh, q + 8);
+      unpack_group<2>(low, qh, q + 16);
+      unpack_group<3>(high, qh, q + 24);
+    }
   }
 
-  template <int C> static void tile(const Unpacked& w, int, int i, const Column* columns, float (*sums)[16]) {
-    __m512i isum[C];
+  template <int C, bool Ahead> static void tile(const Unpacked& w, int i, const Column* columns, [[maybe_unused]] Prefetch& prefetch, float (*sums)[16]) {
     const int8_t* y[C];
     alignas(32) int32_t factors[C][8];
+    __m512i isum[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       y[c] = columns[c].q8_256 + i;
       store_256(factors[c], _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns[c].factor_32 + i / 32))));
-      __m512i sum = _mm512_setzero_si512();
-      for (int j = 0; j < 8; ++j) add_pairs(sum, w.scale_pairs[j], columns[c].sums_16 + i / 16 + 2 * j);
-      isum[c] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 5));
+      isum[c] = _mm512_setzero_si512();
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) add_pairs(isum[c], w.scale_pairs[j], columns[c].sums_16 + i / 16 + 2 * j);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) isum[c] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(isum[c], 5));
 #pragma GCC unroll 1
-    for (int s = 0; s < 8; ++s) {
-      __m512i first[C], second[C];
+    for (int g = 0; g < 8; ++g) {  // 32 weights, whose halves have a scale each
+      if constexpr (Ahead) prefetch_eighth<block_bytes>(prefetch, g);
+      __m512i both[C];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m512i a[C];
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) first[c] = second[c] = _mm512_setzero_si512();
+        for (int c = 0; c < C; ++c) a[c] = _mm512_setzero_si512();
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n)
+        for (int n = 4 * half; n < 4 * half + 4; ++n)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) add_quads(first[c], w.q[8 * s + n], y[c] + 32 * s + 4 * n);
+          for (int c = 0; c < C; ++c) add_quads(a[c], w.q[8 * g + n], y[c] + 32 * g + 4 * n);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) first[c] = _mm512_mullo_epi32(first[c], w.scale[2 * s]);
-#pragma GCC unroll 4
-      for (int n = 4; n < 8; ++n)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) add_quads(second[c], w.q[8 * s + n], y[c] + 32 * s + 4 * n);
-  #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-        const __m512i both = _mm512_add_epi32(first[c], _mm512_mullo_epi32(second[c], w.scale[2 * s + 1]));
-        isum[c] = _mm512_add_epi32(isum[c], _mm512_mullo_epi32(both, _mm512_set1_epi32(factors[c][s])));
+        for (int c = 0; c < C; ++c) {
+          const __m512i scaled = _mm512_mullo_epi32(a[c], w.scale[2 * g + half]);
+          both[c] = half ? _mm512_add_epi32(both[c], scaled) : scaled;
+        }
       }
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) isum[c] = _mm512_add_epi32(isum[c], _mm512_mullo_epi32(both[c], _mm512_set1_epi32(factors[c][g])));
     }
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {

@@ -14,14 +14,8 @@ using Rows16 = Rows;  // as a parameter: sixteen of them
   asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(i16), "m"(*reinterpret_cast<const int16_t(*)[2]>(y)));
 }
 
-/// Sixteen bytes of each of 16 rows, transposed: lane r of out[i] is bytes 4 i..4 i + 3 of row r.
-[[gnu::always_inline]] inline void load_quads(Rows16 rows, size_t offset, __m512i out[4]) {
-  auto lane = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.row(r) + offset)); };
-  auto four = [&](int r) {
-    __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(lane(r)), lane(r + 4), 1);
-    return _mm512_inserti32x4(_mm512_inserti32x4(x, lane(r + 8), 2), lane(r + 12), 3);
-  };
-  __m512i a = four(0), b = four(1), c = four(2), d = four(3);
+/// Four rows of four lanes in each 128 bits, transposed.
+[[gnu::always_inline]] inline void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i out[4]) {
   __m512i ab01 = _mm512_unpacklo_epi32(a, b), ab23 = _mm512_unpackhi_epi32(a, b);
   __m512i cd01 = _mm512_unpacklo_epi32(c, d), cd23 = _mm512_unpackhi_epi32(c, d);
   out[0] = _mm512_unpacklo_epi64(ab01, cd01);
@@ -30,45 +24,87 @@ using Rows16 = Rows;  // as a parameter: sixteen of them
   out[3] = _mm512_unpackhi_epi64(ab23, cd23);
 }
 
+/// Sixteen bytes of each of 16 rows, transposed: lane r of out[i] is bytes 4 i..4 i + 3 of row r.
+[[gnu::always_inline]] inline void load_quads(Rows16 rows, size_t offset, __m512i out[4]) {
+  auto lane = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.row(r) + offset)); };
+  auto four = [&](int r) {
+    __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(lane(r)), lane(r + 4), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(x, lane(r + 8), 2), lane(r + 12), 3);
+  };
+  transpose_lanes(four(0), four(1), four(2), four(3), out);
+}
+
+/// The same of 32 bytes, with half the loads.
+[[gnu::always_inline]] inline void load_octs(Rows16 rows, size_t offset, __m512i out[8]) {
+  auto half = [&](int r) { return load_256(rows.row(r) + offset); };
+  auto two = [&](int r) { return _mm512_inserti64x4(_mm512_castsi256_si512(half(r)), half(r + 4), 1); };
+  __m512i low[4], high[4];  // of rows 0..7 and 8..15; the 128 bits hold quad i of rows 0..3, quad i + 4 of them, and both of rows 4..7
+  transpose_lanes(two(0), two(1), two(2), two(3), low);
+  transpose_lanes(two(8), two(9), two(10), two(11), high);
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm512_shuffle_i32x4(low[i], high[i], 0x88);
+    out[i + 4] = _mm512_shuffle_i32x4(low[i], high[i], 0xdd);
+  }
+}
+
 /// Byte b of each lane, unsigned.
-template <int B> inline __m512i byte_of_lanes(__m512i x) {
-  return B == 3 ? _mm512_srli_epi32(x, 24) : _mm512_and_si512(_mm512_srli_epi32(x, 8 * B), _mm512_set1_epi32(255));
+[[gnu::always_inline]] inline __m512i byte_of_lanes(__m512i x, int b) {
+  return _mm512_and_si512(_mm512_srli_epi32(x, static_cast<unsigned>(8 * b)), _mm512_set1_epi32(255));
 }
 
 /// The low halves of the lanes as f16.
 inline __m512 low_f16_of_lanes(__m512i x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 
-/// The products of a quantized type `Q` with any number of rows and columns; one column is bound by memory, and
-/// goes, as fewer than 16 rows do, to `Few`, the type's QuantizedDot. Q gives
-///   block_bytes, block_weights, step_weights,
-///   Unpacked, unpack(Rows16, weights in this step, Prefetch&, Unpacked&),
-///   tile<C>(Unpacked, weights in this step, position in k, columns, sums): adds to the 16 sums of C = 1..8 columns.
+/// An eighth of what is to be fetched during one block of 16 rows. Spread over the products: in one burst it halves the speed of memory.
+template <int BlockBytes> [[gnu::always_inline]] inline void prefetch_eighth(Prefetch& prefetch, int eighth) {
+  prefetch.linear_to_l1<2 * BlockBytes>();
+  prefetch.to_l1<BlockBytes>(2 * eighth);
+  prefetch.to_l1<BlockBytes>(2 * eighth + 1);
+}
+
+/// The products of a quantized type `Q` with any number of rows and columns. One column is bound by memory, which fewer rows at once read faster:
+/// it goes, as fewer than 16 rows do, to `Few`, the type's QuantizedDot. Q gives
+///   block_bytes, block_weights,
+///   Unpacked, unpack(Rows16, Unpacked&): one block of each row,
+///   tile<C, Ahead>(Unpacked, position in k, columns, Prefetch&, sums): adds its products to the 16 sums of C = 1..8 columns; Ahead: prefetches.
 template <class Q, class Few> struct Rows16Dot {
+  using Sums = float (*)[16];
+
+  static void tiles(Rows16 rows, int k, const Column* columns, int count, std::byte* scratch, Sums sums) {
+    auto& unpacked = *reinterpret_cast<typename Q::Unpacked*>(scratch);
+    Prefetch prefetch(rows, 16, static_cast<size_t>(k / Q::block_weights) * Q::block_bytes);
+    for (int i = 0; i < k; i += Q::block_weights, rows.base += Q::block_bytes) {
+      Q::unpack(rows, unpacked);
+      prefetch.template next_block<Q::block_bytes>();
+      int c = count < 8 ? count : 8;
+      switch (c) {  // the first columns, while whose products the memory of the next rows is asked for
+        case 1: Q::template tile<1, true>(unpacked, i, columns, prefetch, sums); break;
+        case 2: Q::template tile<2, true>(unpacked, i, columns, prefetch, sums); break;
+        case 3: Q::template tile<3, true>(unpacked, i, columns, prefetch, sums); break;
+        case 4: Q::template tile<4, true>(unpacked, i, columns, prefetch, sums); break;
+        case 5: Q::template tile<5, true>(unpacked, i, columns, prefetch, sums); break;
+        case 6: Q::template tile<6, true>(unpacked, i, columns, prefetch, sums); break;
+        case 7: Q::template tile<7, true>(unpacked, i, columns, prefetch, sums); break;
+        default: Q::template tile<8, true>(unpacked, i, columns, prefetch, sums);
+      }
+      for (; c + 8 <= count; c += 8) Q::template tile<8, false>(unpacked, i, columns + c, prefetch, sums + c);
+      for (; c + 4 <= count; c += 4) Q::template tile<4, false>(unpacked, i, columns + c, prefetch, sums + c);
+      switch (count - c) {
+        case 1: Q::template tile<1, false>(unpacked, i, columns + c, prefetch, sums + c); break;
+        case 2: Q::template tile<2, false>(unpacked, i, columns + c, prefetch, sums + c); break;
+        case 3: Q::template tile<3, false>(unpacked, i, columns + c, prefetch, sums + c); break;
+        default: break;
+      }
+    }
+  }
+
   static void rows16(Rows16 rows, const DotArgs& args, int first_column, int count, int row) {
-    auto& unpacked = *reinterpret_cast<typename Q::Unpacked*>(args.scratch);
-    auto* sums = reinterpret_cast<float(*)[16]>(args.scratch + sizeof(typename Q::Unpacked));
+    auto* sums = reinterpret_cast<Sums>(args.scratch + sizeof(typename Q::Unpacked));
     static_assert(sizeof(typename Q::Unpacked) % 64 == 0);
     static_assert(sizeof(typename Q::Unpacked) + sizeof(float[tuning::tile_columns_max][16]) <= tile_scratch_bytes);
     std::memset(sums, 0, static_cast<size_t>(count) * sizeof(float[16]));
     const Column* columns = args.columns + first_column;
-    Prefetch prefetch(rows, 16, static_cast<size_t>(args.k / Q::block_weights) * Q::block_bytes);
-    for (int i = 0; i < args.k; i += Q::step_weights) {
-      const int n = args.k - i < Q::step_weights ? args.k - i : Q::step_weights;
-      Q::unpack(rows, n, prefetch, unpacked);
-      rows.base += static_cast<size_t>(n / Q::block_weights) * Q::block_bytes;
-      int c = 0;
-      for (; c + 8 <= count; c += 8) Q::template tile<8>(unpacked, n, i, columns + c, sums + c);
-      switch (count - c) {
-        case 1: Q::template tile<1>(unpacked, n, i, columns + c, sums + c); break;
-        case 2: Q::template tile<2>(unpacked, n, i, columns + c, sums + c); break;
-        case 3: Q::template tile<3>(unpacked, n, i, columns + c, sums + c); break;
-        case 4: Q::template tile<4>(unpacked, n, i, columns + c, sums + c); break;
-        case 5: Q::template tile<5>(unpacked, n, i, columns + c, sums + c); break;
-        case 6: Q::template tile<6>(unpacked, n, i, columns + c, sums + c); break;
-        case 7: Q::template tile<7>(unpacked, n, i, columns + c, sums + c); break;
-        default: break;
-      }
-    }
+    tiles(rows, args.k, columns, count, args.scratch, sums);
     for (int c = 0; c < count; ++c) std::memcpy(args.out[first_column + c] + row, sums[c], sizeof(float[16]));
   }
 
