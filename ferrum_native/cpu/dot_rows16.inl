@@ -1,4 +1,4 @@
-// The products of AVX-512 with VNNI: the lanes of a register are 16 weight rows, for one column as for many.
+// The products of AVX-512 with VNNI: the lanes of a register are 16 weight rows, for two columns and more.
 
 #if defined(FERRUM_SIMD_AVX512)
 
@@ -38,7 +38,7 @@ using Rows16 = Rows;  // as a parameter: sixteen of them
 [[gnu::always_inline]] inline void load_octs(Rows16 rows, size_t offset, __m512i out[8]) {
   auto half = [&](int r) { return load_256(rows.row(r) + offset); };
   auto two = [&](int r) { return _mm512_inserti64x4(_mm512_castsi256_si512(half(r)), half(r + 4), 1); };
-  __m512i low[4], high[4];  // of rows 0..7 and 8..15; the 128 bits hold quad i of rows 0..3, quad i + 4 of them, and both of rows 4..7
+  __m512i low[4], high[4];  // of rows 0..7 and 8..15: quads i of rows 0..3, i + 4 of them, i of rows 4..7, i + 4 of them
   transpose_lanes(two(0), two(1), two(2), two(3), low);
   transpose_lanes(two(8), two(9), two(10), two(11), high);
   for (int i = 0; i < 4; ++i) {
