@@ -94,6 +94,7 @@ class EngineLoop:
 
         The source is asked for one more whenever the queue has room. However it is left, no request is left behind.
         """
+        self.check_caller()
         source, flow = iter(requests), Flow()
         mailbox: SimpleQueue[Any] = SimpleQueue()
         following = next(source, None)
@@ -143,25 +144,30 @@ class EngineLoop:
             self._put((EngineLoop._add, (submissions, flow)))
 
     def check_caller(self) -> None:
-        """RuntimeError where a text cannot be waited for: in a forked process, which has no thread for the loop, and in the loop's thread."""
+        """RuntimeError where the loop cannot be waited for: in a forked process, which has no thread for it, and in its own thread."""
+        if reason := self._no_waiting():
+            raise RuntimeError(reason)
+
+    def _no_waiting(self) -> str | None:
         if os.getpid() != self._process:
-            raise RuntimeError("This LLM was made in another process, and its threads did not come along with fork(). "
-                               "Make a new LLM in this process.")
+            return "This LLM was made in another process, and its threads did not come along with fork(). Make a new LLM in this process."
         if threading.current_thread() is self._thread:
-            raise RuntimeError("A text was asked for from inside a step, by a logits processor or a finalizer: the step would wait for itself. "
-                               "Ask from another thread, or afterwards.")
+            return ("The model was called from inside a step, by a logits processor or a finalizer: the step would wait for itself. "
+                    "Call it from another thread, or afterwards.")
+        return None
 
     def drop(self, item: Request | Scoring | Retained) -> None:
         """End a request or a session and give its KV blocks back, at the latest when the step that runs has ended. Never waits."""
         self._inbox.put((EngineLoop._drop, (item,)))
 
     def settle(self) -> None:
-        """Wait until everything that was dropped before has given its KV blocks back."""
-        if self._thread is not None and threading.current_thread() is not self._thread:
+        """Wait until everything that was dropped before has given its KV blocks back; not where the loop cannot be waited for."""
+        if self._thread is not None and self._no_waiting() is None:
             self.between_steps(lambda: None)
 
     def between_steps(self, call: Callable[[], T]) -> T:
         """The result of a call that is made between two steps, while nothing else touches the engine's sequences."""
+        self.check_caller()
         done: SimpleQueue[Callable[[], T]] = SimpleQueue()
 
         def run(loop: EngineLoop) -> None:

@@ -247,6 +247,59 @@ def test_a_forked_process_is_told_to_make_its_own_llm():
     """)
 
 
+@pytest.mark.parametrize("call", [
+    "llm.run([request])", "list(llm.as_completed([request]))", "session.save(path)", "llm.load_session(path)", "llm.score('Once', [' upon'])",
+])
+def test_a_call_that_would_wait_for_itself_is_refused(call):
+    run_script(f"""if True:
+        import os, tempfile
+        from ferrum import LLM, SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=3)
+        llm = LLM(threads=1, kv_tokens=1024)
+        path = os.path.join(tempfile.mkdtemp(), "session")
+        request, session = llm.request("Once", params), llm.session()
+        list(session.stream("Once upon a time", params))
+        session.save(path)
+
+        def processor(token_ids, logits):
+            {call}
+
+        try:
+            llm.generate("Once", SamplingParams(max_tokens=3, logits_processors=[processor]))
+        except RuntimeError as error:
+            assert "from inside a step" in str(error)
+        else:
+            raise AssertionError
+        child = os.fork()
+        if child == 0:
+            try:
+                {call}
+            except RuntimeError as error:
+                os._exit("made in another process" not in str(error))
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(llm.generate("Once", params)[0].outputs[0].token_ids) == 3
+    """)
+
+
+def test_a_forked_process_leaves_the_blocks_of_streams_and_sessions():
+    run_script("""if True:
+        import os, sys
+        from ferrum import LLM, SamplingParams
+
+        params = SamplingParams(max_tokens=300, ignore_eos=True)
+        with LLM(threads=1, kv_tokens=1024) as llm:
+            with llm.session() as session, session.stream("Once", params) as stream:
+                next(stream)
+                child = os.fork()
+                if child == 0:
+                    sys.exit(7)  # through the ends of all blocks
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+                assert len(list(stream)) == 299
+    """)
+
+
 def test_a_prompt_must_be_text_or_whole_numbers(llm):
     for prompt in (b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.9], ["7"], [True], [np.True_], np.array([1.0]), 5):
         with pytest.raises(TypeError, match="^The prompt .*Give a str, or token ids as whole numbers"):
