@@ -1,6 +1,6 @@
 """The loop of an engine: schedule, step, sample, hand out.
 
-One thread runs it while there is anything to do, and owns all the state but the inbox. Other threads, finalizers and signal
+One thread runs it, and owns all the state but the inbox. Other threads, finalizers and signal
 handlers only put commands there, which are obeyed between two steps, and read what became of a request from the mailbox
 that it has. Ctrl-C never comes to this thread, so no step is left half-done.
 """
@@ -80,11 +80,12 @@ class EngineLoop:
         self.on_step: Callable[[StepReport], None] | None = None
         # What other threads touch. SimpleQueue.put may be called from finalizers and signal handlers, in the middle of anything.
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.RLock()
         self._closed = False
         self._process = os.getpid()
         self.queue = _Queue(max(64, engine.options["max_sequences"]))
+        # Not at first use: a signal handler that came while it starts would find none, or wait for one that never starts.
+        self._thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._inbox), name="ferrum", daemon=True)
+        self._thread.start()
         _live_loops.add(self)
 
     # For any thread
@@ -139,8 +140,6 @@ class EngineLoop:
         (start-time fair queuing, Goyal, Vin and Cheng 1996, with requests of equal cost).
         """
         if submissions:
-            if self._thread is None:
-                self._start()
             self._put((EngineLoop._add, (submissions, flow)))
 
     def check_caller(self) -> None:
@@ -162,7 +161,7 @@ class EngineLoop:
 
     def settle(self) -> None:
         """Wait until everything that was dropped before has given its KV blocks back; not where the loop cannot be waited for."""
-        if self._thread is not None and self._no_waiting() is None:
+        if self._no_waiting() is None:
             self.between_steps(lambda: None)
 
     def between_steps(self, call: Callable[[], T]) -> T:
@@ -177,8 +176,6 @@ class EngineLoop:
             except Exception as error:
                 done.put(partial(_throw, error))
 
-        if self._thread is None:
-            self._start()
         self._put((run, ()))
         return done.get()()
 
@@ -206,7 +203,7 @@ class EngineLoop:
         if threading.current_thread() is self._thread:
             raise RuntimeError("The model cannot be closed from inside a step, by a logits processor or a finalizer. Close it from another thread.")
         self._inbox.put(None)
-        if self._thread is not None and os.getpid() == self._process:
+        if os.getpid() == self._process:
             self._thread.join()
 
     def __del__(self) -> None:
@@ -217,13 +214,6 @@ class EngineLoop:
         self._inbox.put(command)
         if self._closed:  # nobody will read it
             self._refuse_rest()
-
-    def _start(self) -> None:
-        with self._starting:
-            if self._thread is None:
-                thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._inbox), name="ferrum", daemon=True)
-                thread.start()
-                self._thread = thread
 
     # The loop's thread
 

@@ -706,3 +706,37 @@ def test_a_signal_handler_gets_a_text_in_the_middle_of_another():
             assert len(outcomes) > 5 and set(outcomes) == {outcomes[0]}
             assert llm.engine.stats()["live_sequences"] == 0
     """)
+
+
+def test_a_signal_handler_that_comes_at_any_line_of_the_first_call_gets_its_text():
+    run_script("""if True:
+        import signal, sys, threading
+        from ferrum import LLM, SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=2)
+        lines, fire_at, outcomes = 0, -1, []
+
+        def trace(frame, event, _):
+            global lines
+            if frame.f_code.co_filename.endswith(("engine_loop.py", "threading.py")) and event == "line":
+                lines += 1
+                if lines == fire_at:
+                    sys.settrace(None)
+                    signal.raise_signal(signal.SIGUSR1)
+            return trace
+
+        def handler(*_):
+            outcomes.append(llm.generate("Once", params)[0].outputs[0].text)
+
+        signal.signal(signal.SIGUSR1, handler)
+        while True:
+            with LLM(threads=1, kv_tokens=64) as llm:
+                lines, fire_at, texts = 0, fire_at + 3, len(outcomes)
+                sys.settrace(trace)
+                text = llm.generate("Once", params)[0].outputs[0].text
+                sys.settrace(None)
+                assert sum(thread.name == "ferrum" for thread in threading.enumerate()) == 1
+            if len(outcomes) == texts:
+                break
+        assert len(outcomes) > 10 and set(outcomes) == {text}
+    """)

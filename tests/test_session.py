@@ -74,7 +74,7 @@ def test_the_next_turn_computes_only_what_is_new(llm):
 @pytest.mark.parametrize("line", range(0, 12))
 def test_a_turn_closed_while_a_step_runs_keeps_its_kv_cache(line):
     interruption = Interruption(EngineLoop._accept, line)
-    with LLM(threads=1, kv_tokens=512) as llm, llm.session() as session, tracing(threading.settrace, interruption.trace):
+    with tracing(threading.settrace, interruption.trace), LLM(threads=1, kv_tokens=512) as llm, llm.session() as session:
         list(session.stream(PROMPT, GREEDY))
         stream = session.stream(PROMPT + " It had", GREEDY)
         interruption.arm(stream.close)
