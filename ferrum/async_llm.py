@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from time import perf_counter
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -103,13 +103,14 @@ class AsyncLLM:
 
     async def _outputs(self, requests: list[Request], progress: Progress | None) -> list[RequestOutput]:
         done = 0
-        async for _ in self._run(requests):
-            done += 1
-            if progress is not None:
-                progress(done, len(requests))
+        async with aclosing(self._run(requests)) as ended:  # else what is raised here would keep the texts that go on
+            async for _ in ended:
+                done += 1
+                if progress is not None:
+                    progress(done, len(requests))
         return [request.output() for request in requests]
 
-    async def _run(self, requests: Sequence[Request | Scoring]) -> AsyncIterator[Request | Scoring]:
+    async def _run(self, requests: Sequence[Request | Scoring]) -> AsyncGenerator[Request | Scoring, None]:
         """Give each request when it has ended. Raises the error of the first that failed; none is left behind."""
         loop, flow, mailbox = self.llm._loop, Flow(), self._mailbox()
         waiting = deque(requests)

@@ -180,6 +180,16 @@ def test_errors_reach_the_task_and_the_engine_goes_on(llm, monkeypatch, alone):
     asyncio.run(main())
 
 
+def test_what_a_callback_raises_ends_the_texts_of_the_call(llm):
+    async def main():
+        with pytest.raises(ZeroDivisionError) as raised:
+            await AsyncLLM(llm).generate([PROMPTS[0]] * 3, [GREEDY, ENDLESS, ENDLESS], progress=lambda done, total: 1 / 0)
+        await asyncio.to_thread(llm._loop.settle)
+        assert llm.engine.stats()["live_sequences"] == 0, raised
+
+    asyncio.run(main())
+
+
 def test_an_event_loop_that_ended_in_the_middle_stops_nobody(llm, alone):
     async def leave():
         stream = AsyncLLM(llm).stream(PROMPTS[0], ENDLESS)
