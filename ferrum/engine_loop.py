@@ -363,6 +363,9 @@ class EngineLoop:
         for request, session in submissions:
             if request.finished:  # dropped in the meantime
                 self._tell(request)
+            elif session is not None and session in self._sessions.values():
+                request.fail(RuntimeError("The session's last stream has not ended: two threads use it at once. Give each thread its own session."))
+                self._tell(request)
             else:
                 self._add_one(request, flow, session)
 

@@ -96,6 +96,20 @@ def test_a_stream_may_be_closed_at_any_line_of_its_iteration(llm, line):
     assert llm.engine.stats()["live_sequences"] == 0
 
 
+def test_a_session_that_two_threads_use_at_once_is_refused_and_harms_no_text(llm):
+    expected = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    with llm.session() as session:
+        first = session.stream(PROMPT, GREEDY)
+        session._last = None  # as the other thread finds it that looked a moment before
+        second = session.stream(PROMPT, GREEDY)
+        next(first)
+        with pytest.raises(RuntimeError, match="two threads"):
+            next(second)
+        list(first)
+        assert first.completion == expected
+    assert llm.engine.stats()["live_sequences"] == 0
+
+
 def test_a_saved_session_goes_on_in_another_process_with_the_same_text(llm, tmp_path):
     path = tmp_path / "fox.session"
     with llm.session() as session:
