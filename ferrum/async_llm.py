@@ -172,8 +172,8 @@ class AsyncStream(TextStream):
     async def close(self) -> None:
         """End the text, if it has not ended, and wait until it has."""
         self._end()
-        while self._submitted and not self._request.finished:
-            await self._mailbox.get()
+        while not self._request.finished:
+            await self._mailbox.more()
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -207,7 +207,7 @@ class _Courier:
 
 
 class _Mailbox:
-    """Takes news from the engine loop's thread; one task at a time may wait for them."""
+    """Takes news from the engine loop's thread; one task at a time may get them, and others wait for more to come."""
 
     def __init__(self, courier: _Courier):
         self._courier = courier
@@ -223,13 +223,17 @@ class _Mailbox:
 
     async def get(self) -> Any:
         while not self._news:
-            self._event.clear()
-            await self._event.wait()
+            await self.more()
         return self._news.popleft()
+
+    async def more(self) -> None:
+        """Wait until something comes that has not come yet."""
+        self._event.clear()
+        await self._event.wait()
 
 
 async def _enter(loop: EngineLoop, request: Request | Scoring) -> None:
-    """Wait for a place in the queue; one past its deadline is over."""
+    """Wait for a place in the queue, unless the request ends before."""
     event_loop, room = asyncio.get_running_loop(), asyncio.Event()
 
     def ring() -> None:
@@ -240,11 +244,16 @@ async def _enter(loop: EngineLoop, request: Request | Scoring) -> None:
         left = None if request.deadline is None else request.deadline - perf_counter()
         if left is not None and left <= 0:
             request.end_overdue()
+        if request.finished:
             return
         room.clear()
         loop.queue.on_room(ring)
-        with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(room.wait(), left)
+        timer = None if left is None else event_loop.call_later(left, room.set)  # wait_for may lose a cancellation before Python 3.12
+        try:
+            await room.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
 
 async def _prepare(given: Sequence[Any], make: Callable[[], T]) -> T:

@@ -157,7 +157,7 @@ class EngineLoop:
 
     def drop(self, item: Request | Scoring | Retained) -> None:
         """End a request or a session and give its KV blocks back, at the latest when the step that runs has ended. Never waits."""
-        self._inbox.put((EngineLoop._drop, (item,)))
+        self._put((EngineLoop._drop, (item,)))
 
     def settle(self) -> None:
         """Wait until everything that was dropped before has given its KV blocks back; not where the loop cannot be waited for."""
@@ -311,6 +311,7 @@ class EngineLoop:
         text = drawn.text
         if drawn.error is not None:
             text.request.fail(drawn.error)
+        if text.finish_reason is not None:  # its own draw failed, or another of its request
             return
         text.accept(drawn.token, drawn.logprobs)
         if not text.request.first_token_s:
@@ -366,7 +367,7 @@ class EngineLoop:
             elif session is not None and session in self._sessions.values():
                 request.fail(RuntimeError("The session's last stream has not ended: two threads use it at once. Give each thread its own session."))
                 self._tell(request)
-            else:
+            elif id(request) not in self._requests:  # Ctrl-C may have had it submitted twice
                 self._add_one(request, flow, session)
 
     def _add_one(self, request: Request | Scoring, flow: Flow, session: Retained | None) -> None:
@@ -401,10 +402,18 @@ class EngineLoop:
             if item.sequence is not None:
                 self._scheduler.remove(item.sequence)
                 item.sequence = None
-        else:
+        elif id(item) in self._requests:
             item.cancel()
-            self.queue.leave((item,))  # one that Ctrl-C kept from coming here
             self._forget(item)
+        else:
+            self._cancel_outside(item)
+
+    def _cancel_outside(self, request: Request | Scoring) -> None:
+        """End one that did not come here, if it has not ended: it may have a place in the queue, or somebody may wait for its place or its end."""
+        if not request.finished:
+            request.cancel()
+            self._tell(request)
+            self.queue.ring()
 
     def _end_overdue(self) -> None:
         if self._deadlines:
@@ -427,23 +436,25 @@ class EngineLoop:
             self._forget(request)
 
     def _close(self) -> None:
-        self._closed = True
         for request in tuple(self._requests.values()):
             request.fail(_closed_error())
             self._forget(request)
+        self._closed = True  # from now on whoever puts a command into the inbox takes it out
         self._refuse_rest()
 
     def _refuse_rest(self) -> None:
         """Nobody obeys what is left in the inbox of a closed loop: its texts fail, and whoever waits for it to settle goes on."""
         with suppress(Empty):
             while True:
-                function, arguments = self._inbox.get_nowait() or (EngineLoop._drop, ())
+                function, arguments = self._inbox.get_nowait() or (EngineLoop._drop, (None,))
                 if function is EngineLoop._add:
                     for request, _ in arguments[0]:
                         request.fail(_closed_error())
                         self._tell(request)
                 elif function is not EngineLoop._drop:
                     function(self, *arguments)
+                elif isinstance(arguments[0], (Request, Scoring)):
+                    self._cancel_outside(arguments[0])
 
 
 class _Queue:
@@ -455,32 +466,39 @@ class _Queue:
         self._bells: deque[Callable[[], None]] = deque()
 
     def enter(self, request: Request | Scoring, *, wait: bool = True) -> bool:
-        """Take a place; False if there is none and it is not to wait for one. A request that is past its deadline needs none."""
+        """Take a place; False if there is none and it is not to wait for one. A request that has ended, or is past its deadline, needs none."""
         while not self._take(request):
             left = None if request.deadline is None else request.deadline - perf_counter()
             if not wait:
                 return False
             if left is not None and left <= 0:
                 request.end_overdue()
+            if request.finished:
                 break
             bell: SimpleQueue[None] = SimpleQueue()
             self.on_room(lambda: bell.put(None))
             with suppress(Empty):
-                bell.get(timeout=left)
+                bell.get(timeout=None if left is None else min(left, threading.TIMEOUT_MAX))
         return True
 
     def on_room(self, call: Callable[[], None]) -> None:
         """Call once, from any thread, when there may be a place."""
         self._bells.append(call)
         if len(self._waiting) < self._limit:
-            self._ring()
+            self.ring()
 
     def leave(self, requests: Iterable[Request | Scoring]) -> None:
         before = len(self._waiting)
         if before:
             self._waiting.difference_update(map(id, requests))
             if len(self._waiting) < before:
-                self._ring()
+                self.ring()
+
+    def ring(self) -> None:
+        """Have all who wait look again."""
+        with suppress(IndexError):
+            while True:
+                self._bells.popleft()()
 
     def _take(self, request: Request | Scoring) -> bool:
         self._waiting.add(id(request))
@@ -488,11 +506,6 @@ class _Queue:
             return True
         self._waiting.discard(id(request))
         return False
-
-    def _ring(self) -> None:
-        with suppress(IndexError):
-            while True:
-                self._bells.popleft()()
 
 
 def _serve(reference: weakref.ref[EngineLoop], inbox: SimpleQueue[Command | None]) -> None:

@@ -53,8 +53,8 @@ class TextStream:
 
     def _submit(self) -> None:
         """Start the text, which has a place in the queue."""
-        self._submitted = True
         self._loop.submit([Submission(self._request, self._session)], Flow())
+        self._submitted = True  # not before: after Ctrl-C in between nobody would submit it, but twice is as good as once
 
     def _take(self, news: Any) -> Piece | None:
         """The piece in the news, if there is one to be given; raises what ended the text."""
@@ -71,10 +71,7 @@ class TextStream:
     def _end(self) -> None:
         """End the text, if it has not ended: when the step that runs has. Never waits."""
         self._over = True
-        if self._submitted:
-            self._loop.drop(self._request)
-        else:
-            self._request.cancel()
+        self._loop.drop(self._request)
 
     def _finished(self) -> bool:
         """Whether the text has ended; waits for that where the stream was closed."""

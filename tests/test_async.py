@@ -1,8 +1,11 @@
 """AsyncLLM: many tasks on one engine, each with the text that it would get alone; what is cancelled, late or failed harms nobody."""
 
 import asyncio
+import math
 import random
 import threading
+import time
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -178,6 +181,54 @@ def test_errors_reach_the_task_and_the_engine_goes_on(llm, monkeypatch, alone):
             await model.generate("Once")
 
     asyncio.run(main())
+
+
+@contextmanager
+def full_queue(llm):
+    """All places of the queue are taken, by requests that do not come."""
+    requests = [llm.request("Once", GREEDY) for _ in range(llm._loop.queue._limit)]
+    assert all(llm._loop.queue.enter(request, wait=False) for request in requests)
+    yield
+    for request in requests:
+        llm._loop.drop(request)
+
+
+@pytest.mark.parametrize("waits_for", ["a piece", "a place in the queue"])
+def test_a_stream_may_be_closed_by_other_tasks_than_its_reader(llm, waits_for):
+    async def main():
+        stream = AsyncLLM(llm).stream(PROMPTS[0], ENDLESS)
+        reader = asyncio.create_task(consume(stream))
+        while waits_for == "a piece" and not stream.prompt_tokens_read:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.gather(reader, stream.close(), stream.close()), 20)
+        assert stream.completion.finish_reason == "cancelled"
+
+    with nullcontext() if waits_for == "a piece" else full_queue(llm):
+        asyncio.run(main())
+
+
+def test_a_stream_that_waits_for_a_place_may_be_closed_by_another_thread(llm):
+    stream, pieces = llm.stream(PROMPTS[0], ENDLESS), []
+    with full_queue(llm):
+        reader = threading.Thread(target=lambda: pieces.extend(stream), daemon=True)
+        reader.start()
+        while not llm._loop.queue._bells:
+            time.sleep(0.001)
+        stream.close()
+        reader.join(20)
+        assert not reader.is_alive() and pieces == [] and stream.completion.finish_reason == "cancelled"
+
+
+def test_a_text_without_end_of_time_waits_for_its_place(llm, alone):
+    outputs = []
+    with full_queue(llm):
+        caller = threading.Thread(target=lambda: outputs.extend(llm.generate(PROMPTS[:1], GREEDY, timeout=math.inf)))
+        caller.start()
+        while not llm._loop.queue._bells and caller.is_alive():
+            time.sleep(0.001)
+    caller.join()
+    assert [output.outputs[0] for output in outputs] == alone[:1]
 
 
 def test_what_a_callback_raises_ends_the_texts_of_the_call(llm):

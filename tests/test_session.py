@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -96,6 +96,29 @@ def test_a_stream_may_be_closed_at_any_line_of_its_iteration(llm, line):
     assert llm.engine.stats()["live_sequences"] == 0
 
 
+@pytest.mark.parametrize("function", [Stream.__next__, Stream._submit, EngineLoop.submit], ids=lambda function: function.__qualname__)
+@pytest.mark.parametrize("line", range(0, 7))
+def test_ctrl_c_at_any_line_of_an_iteration_loses_no_piece(llm, function, line):
+    def interrupt():
+        interruption.arm(None)
+        raise KeyboardInterrupt
+
+    expected = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    stream, dropped = llm.stream(PROMPT, GREEDY), llm.stream(PROMPT, GREEDY)
+    for each in (stream, dropped):
+        interruption = Interruption(function, line)
+        interruption.arm(interrupt)
+        with tracing(sys.settrace, interruption.trace), suppress(KeyboardInterrupt):
+            next(each)
+    reader = threading.Thread(target=list, args=(stream,), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert not reader.is_alive() and stream.completion == expected
+    del each, dropped
+    llm._loop.settle()
+    assert llm.engine.stats()["live_sequences"] == 0 and not llm._loop.queue._waiting
+
+
 def test_a_session_that_two_threads_use_at_once_is_refused_and_harms_no_text(llm):
     expected = llm.generate(PROMPT, GREEDY)[0].outputs[0]
     with llm.session() as session:
@@ -107,6 +130,17 @@ def test_a_session_that_two_threads_use_at_once_is_refused_and_harms_no_text(llm
             next(second)
         list(first)
         assert first.completion == expected
+    assert llm.engine.stats()["live_sequences"] == 0
+
+
+def test_a_request_given_twice_runs_once(llm):
+    request = llm.request(PROMPT, GREEDY)
+    reader = threading.Thread(target=llm.run, args=([request, request],), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert request.output().outputs == llm.generate(PROMPT, GREEDY)[0].outputs
+    llm._loop.settle()
     assert llm.engine.stats()["live_sequences"] == 0
 
 
