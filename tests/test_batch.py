@@ -133,6 +133,13 @@ def test_a_line_longer_than_memory_should_hold_is_an_error_row(llm, tmp_path, mo
     assert "longer than" in first["error"]["message"] and second["text"]
 
 
+def test_a_line_of_a_single_nul_is_not_taken_for_one_that_is_too_long(llm, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\0\n" + b'{"prompt": "Tom"}\n')
+    results = run(path, llm)
+    assert "not JSON" in results[0]["error"]["message"] and "text" in results[1]
+
+
 def test_a_text_that_the_kv_cache_cut_short_is_an_error_row_that_says_so():
     with LLM(threads=1, kv_tokens=32) as llm:
         cut, fits = run([{"prompt": "Once upon a time", "params": {"max_tokens": 100, "ignore_eos": True}}, {"prompt": "Tom"}], llm)

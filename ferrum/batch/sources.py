@@ -13,7 +13,7 @@ from ferrum.batch.files import write_whole
 from ferrum.errors import BatchError, OptionError
 
 LONGEST_LINE = 64 << 20  # bytes; a longer one is an error row, and is never in memory as a whole
-TOO_LONG = b"\0"  # stands for such a line
+TOO_LONG = b"\0 too long"  # stands for such a line, by identity, which bytes of length 1 have not: all equal ones are the same
 _BOM = b"\xef\xbb\xbf"
 
 
