@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from batch_cases import files_of, journal_of, manifest_of, read_rows, rows_of_all_kinds, write_rows
 from tiny_models import TinyConfig, write_tiny_model
@@ -58,6 +59,12 @@ def test_token_ids_messages_and_params_of_a_row_reach_the_engine(llm):
     results = run(rows, llm)
     assert [result["token_ids"] for result in results] == [each.outputs[0].token_ids for each in expected]
     assert results[2]["seed"] == 3
+
+
+def test_arrays_are_token_ids_and_bytes_are_text(llm):
+    rows = [{"prompt": np.array([14, 409, 294]), "custom_id": np.int64(3), "share": np.float32(0.5), "parts": np.array([1.0, np.nan])}, {"prompt": b"Tom"}]
+    same = [{"prompt": [14, 409, 294], "custom_id": 3, "share": 0.5, "parts": [1.0, None]}, {"prompt": "Tom"}]
+    assert run(rows, llm) == run(same, llm)
 
 
 def test_continuations_are_scored_and_samples_are_a_list(llm):
