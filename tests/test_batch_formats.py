@@ -72,6 +72,12 @@ def test_log_probabilities_have_the_shape_of_openai(llm):
     assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 6
 
 
+def test_a_request_for_no_log_probabilities_gives_none(llm):
+    for none in (dict(logprobs=False), dict(logprobs=False, top_logprobs=0), dict(top_logprobs=0), dict(logprobs=None, top_logprobs=None)):
+        (choice,) = result_of(request(**none), llm)["response"]["body"]["choices"]
+        assert choice["logprobs"] is None
+
+
 @pytest.mark.parametrize("row,field,message", [
     (request(tools=[{"type": "function"}]), "tools", "has 'tools', which ferrum does not support"),
     (request(stream=True), "stream", "has 'stream'"),

@@ -66,7 +66,7 @@ def row_of(request: dict[str, Any]) -> dict[str, Any]:
         elif name == "logprobs":
             params["logprobs"] = _logprobs(url, body)
         elif name == "top_logprobs" and url == CHAT:
-            if not body.get("logprobs"):
+            if value != 0 and not body.get("logprobs"):
                 raise RequestRefused("top_logprobs is set, but logprobs is not true.", name)
         elif name in _PARAMS:
             params[name] = value
