@@ -241,6 +241,10 @@ def test_what_cannot_be_is_refused_before_anything_runs(llm, tmp_path):
         run(tmp_path / "none.jsonl", llm)
     with pytest.raises(BatchError, match="does not exist"):
         ferrum.batch.run([], tmp_path / "no" / "out.jsonl", llm=llm)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(BatchError, match="is a device or a pipe"):
+            ferrum.batch.run([], path, llm=llm)
 
 
 def test_a_repeated_id_is_refused_with_both_lines(llm, tmp_path):

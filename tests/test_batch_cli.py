@@ -52,6 +52,7 @@ def test_every_flag_of_a_row_reaches_it(tmp_path):
 @pytest.mark.parametrize("arguments,message", [
     ([], "The input is missing"),
     (["IN"], "The output is missing"),
+    (["IN", "-o", "-"], "-o - is no file"),
     (["IN", "-o", "OUT", "--system", "x"], "--system goes with --chat"),
     (["IN", "-o", "OUT", "--no-think"], "--no-think goes with --chat"),
     (["IN", "-o", "OUT", "--retry-errors"], "--retry-errors goes with --resume"),

@@ -38,6 +38,8 @@ class Places(NamedTuple):
         folder = os.path.dirname(self.output)
         if os.path.isdir(self.output):
             raise BatchError(f"{self.output} is a directory. Give the path of a file for the results.")
+        if os.path.exists(self.output) and not os.path.isfile(self.output):
+            raise BatchError(f"{self.output} is a device or a pipe: results are put together beside a file. Give the path of a file.")
         if not os.path.isdir(folder):
             raise BatchError(f"The directory {folder} does not exist. Make it, or give another place for the results.")
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -129,6 +129,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise OptionError(f"The input is missing: give a file of rows, or - for stdin.\nFor example: {program()} batch prompts.jsonl -o results.jsonl")
     if arguments.output is None and not arguments.dry_run:
         raise OptionError("The output is missing: say with -o where the results shall be.")
+    if arguments.output == "-":
+        raise OptionError("-o - is no file: a job keeps what it needs to go on beside its output. Give the path of a file (./- for one of that name).")
     for name in ("system", "no_think"):
         if getattr(arguments, name) and not arguments.chat:
             raise OptionError(f"--{name.replace('_', '-')} goes with --chat: without it prompts are continued as they are.")
