@@ -91,6 +91,11 @@ def test_what_stops_a_job_is_told_with_the_command_that_goes_on(rows, tmp_path):
     assert "Traceback" not in err
 
 
+def test_an_input_without_rows_is_told_as_such(tmp_path):
+    code, err, _ = batch(write_rows(tmp_path / "in.jsonl", ["", " "]), "-o", tmp_path / "out.jsonl")
+    assert (code, err) == (0, f"[no rows to run; the output is empty: {tmp_path / 'out.jsonl'}]\n")
+
+
 def test_quiet_tells_nothing_but_errors(rows, tmp_path):
     assert batch(rows, "-o", tmp_path / "out.jsonl", "-n", "4", "--quiet") == (0, "", "")
     code, err, _ = batch(rows, "-o", tmp_path / "out.jsonl", "--quiet")

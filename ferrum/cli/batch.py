@@ -265,7 +265,9 @@ class _Watch:
         if self._json or self._quiet:
             return
         errors = _errors(summary.errors)
-        if summary.rows_before == summary.rows:
+        if not summary.rows:
+            note(f"[no rows to run; the output is empty: {printable(summary.output)}]")
+        elif summary.rows_before == summary.rows:
             note(f"[nothing to do: all {_rows(summary.rows)} were done before, {errors}; results in {printable(summary.output)}]")
         else:
             ran = summary.rows - summary.rows_before
