@@ -32,7 +32,7 @@ def rows(path: str) -> Iterator[dict[str, Any]]:
                 for row in batch.to_pylist():
                     yield {name: value for name, value in row.items() if value is not None}
     except (arrow.ArrowException, OSError) as error:
-        raise BatchError(f"{path} cannot be read: {str(error).splitlines()[0]}. It is damaged, or no Parquet file.") from error
+        raise BatchError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}. It is damaged, or no Parquet file.") from error
 
 
 def write(file: IO[bytes], lines: Iterable[bytes]) -> None:
