@@ -217,6 +217,21 @@ def test_columns_of_parquet_whose_rows_disagree_hold_json(llm, tmp_path):
     assert [row["none"] for row in table] == [None, None]
 
 
+@pytest.mark.parametrize("name,content,message", [
+    ("in.csv", b'prompt,answer\n"Tom",x\n', "none of 2 lines is a JSON object .line 1: The line is not JSON: .* Write every row as a JSON object"),
+    ("in.json", b'[{"prompt": "Tom"}, {"prompt": "Tim"}]', "JSON array: write each of its elements on a line"),
+    ("pretty.json", b'\n[\n {\n  "prompt": "Tom"\n }\n]\n', "line 2: .* JSON array"),
+    ("in.jsonl", gzip.compress(b'{"prompt": "Tom"}\n', mtime=0), "ends in .gz"),
+    ("in.txt", b"PAR1\x15\n", "ends in .parquet"),
+    ("in.zst.txt", b"\x28\xb5\x2f\xfd\x04\n", "ends in .zst"),
+])
+def test_a_file_of_another_kind_is_refused_and_leaves_nothing(llm, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BatchError, match=message):
+        ferrum.batch.run(tmp_path / name, tmp_path / "out.jsonl", llm=llm, params=GREEDY)
+    assert files_of(tmp_path / "out.jsonl") == []
+
+
 def test_a_damaged_parquet_file_is_refused(llm, tmp_path):
     pytest.importorskip("pyarrow", reason='pip install "ferrum-engine[parquet]"')
     (tmp_path / "in.parquet").write_bytes(b"PAR1 no")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferrum.batch.rows import Keys, Row, custom_id_of, digest_of, parsed
-from ferrum.batch.sources import lines_of
+from ferrum.batch.sources import Line, lines_of
 from ferrum.errors import BatchError
 
 _EVERY = 1000  # rows from one call of `progress` to the next
@@ -22,7 +22,7 @@ class Index:
     """The rows of an input, the first `limit` of them.
 
     `sha256` is of their lines, `prefix_sha256` of the first `prefix` of them; `complete` says whether there are no others.
-    BatchError where a custom_id is there twice.
+    BatchError where a custom_id is there twice, and where no line is a JSON object: the file is of another kind.
     """
 
     def __init__(self, path: str, limit: int | None = None, *, prefix: int = 0, progress: Callable[[int], None] = lambda rows: None):
@@ -33,11 +33,16 @@ class Index:
         self._has_id = bytearray()
         self._lines = array("Q")
         digest = sha256()
+        first_line: Line | None = None
+        any_object = False
         for line in lines_of(path):
             if limit is not None and len(self._lines) >= limit:
                 self.complete = False
                 break
-            id = custom_id_of(parsed(line)[0])
+            first_line = first_line or line
+            fields, error = parsed(line)
+            any_object |= error is None
+            id = custom_id_of(fields)
             self._digests += digest_of(line, id)
             self._has_id.append(id is not None)
             self._lines.append(line.number)
@@ -46,6 +51,9 @@ class Index:
                 self.prefix_sha256 = digest.hexdigest()
             if len(self._lines) % _EVERY == 0:
                 progress(len(self._lines))
+        if first_line and not any_object:
+            raise BatchError(f"{path} has no row: none of {len(self):,} lines is a JSON object (line {first_line.number}: {str(parsed(first_line)[1]).rstrip('.')}). "
+                             f"{_instead(first_line.text)}")
         self.sha256 = digest.hexdigest()
         self._occurrences = self._counted()
 
@@ -99,3 +107,16 @@ class Index:
         if index + 1 < len(self):
             raise BatchError(f"{self.path} has become shorter while the job ran: {index + 1} of {len(self)} rows are left. "
                              "Put back the input that it began with.")
+
+
+def _instead(text: bytes) -> str:
+    """What to do about a file that begins with a line of `text`."""
+    if text.startswith(b"\x1f\x8b"):
+        return "It is compressed: give it a name that ends in .gz."
+    if text.startswith(b"\x28\xb5\x2f\xfd"):
+        return "It is compressed: give it a name that ends in .zst."
+    if text.startswith(b"PAR1"):
+        return "It is a Parquet file: give it a name that ends in .parquet."
+    if text.startswith(b"["):
+        return "It begins as a JSON array: write each of its elements on a line of its own (jq -c '.[]' does)."
+    return 'Write every row as a JSON object on a line of its own, such as {"prompt": "Once upon a time"}.'
