@@ -215,14 +215,17 @@ def full_row(logits: npt.NDArray[np.float32], unused_ids: Collection[int] = ()) 
     """Every token of a row of logits [vocab_size] as candidates; `unused_ids` are left out."""
     import numpy as np
 
-    ids = np.arange(len(logits))
-    if len(unused_ids):
-        ids = ids[~np.isin(ids, np.fromiter(unused_ids, np.int64, len(unused_ids)))]
     # One key holds both orders, so that numpy's fastest sort keeps ties by id: the bits of a float, in an order that
-    # falls as it rises (as those of sign and magnitude do), then the id. Adding 0 makes -0 equal to 0.
-    bits = (logits[ids] + np.float32(0)).view(np.uint32)
+    # falls as it rises (as those of sign and magnitude do), then the id. Adding 0 makes -0 equal to 0. Unused ids come last.
+    bits = (logits + np.float32(0)).view(np.uint32)
     falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
-    ids = (np.sort(falling << np.uint64(32) | ids.astype(np.uint64)) & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    keys = falling << np.uint64(32) | np.arange(len(logits), dtype=np.uint64)
+    last = np.uint64(_MASK)
+    if len(unused_ids):
+        unused = np.fromiter(unused_ids, np.int64, len(unused_ids))
+        keys[unused[unused < len(keys)]] = last
+    keys.sort()
+    ids = (keys[: keys.searchsorted(last)] & np.uint64(0xFFFFFFFF)).astype(np.int64)
     return CandidateRows(ids[None], logits[ids][None], 0, np.zeros(1))
 
 
