@@ -239,7 +239,7 @@ class EngineOptions:
         unit="bytes", minimum=1 << 20, maximum=(1 << 63) - 1, default_text="none; the KV cache fits what is available",
         metavar="12GiB",
     )
-    kv_type: str = setting("f16", str, "number type of the KV cache (f32 is for proof)", choices=("f16", "f32"), metavar="TYPE")
+    kv_type: str = setting("f16", str, "number type of the KV cache (q8_0 takes half the memory, on the CPU; f32 is for proof)", choices=("f16", "f32", "q8_0"), metavar="TYPE")
     activations: str = setting(
         "int8", str, "number type of activations in products with quantized weights (float32 is for proof)",
         choices=("int8", "float32"), metavar="TYPE",

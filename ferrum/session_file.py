@@ -22,7 +22,7 @@ from ferrum_native._native import Engine
 
 VERSION = 1
 _HEADER_LIMIT = 1 << 20  # bytes; a sound header has some hundred
-_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _AGAIN = "Save the session anew."
 
@@ -61,8 +61,7 @@ def load(path: str | os.PathLike, engine: Engine, file: GGUFFile) -> tuple[list[
         _fail(path, f"cannot be read ({error.strerror or error})", "Check the path and its permissions.")
     if _checksum([memoryview(tokens).cast("B"), memoryview(kv.reshape(-1).view(np.uint8))]) != header.get("sha256"):
         _fail(path, "its contents do not match their checksum", "It is damaged. " + _AGAIN)
-    shape = (int(expected["num_layers"]), 2, kv.shape[2], int(expected["num_kv_heads"]), int(expected["head_dim"]))
-    if kv.shape != shape or _NAMES[kv.dtype].lower() != expected["kv_type"] or not (0 <= tokens.min() and tokens.max() < engine.config["vocab_size"]):
+    if (kv.shape, kv.dtype) != engine.kv_layout(kv.shape[2]) or not (0 <= tokens.min() and tokens.max() < engine.config["vocab_size"]):
         _fail(path, "its contents do not fit this engine", _AGAIN)
     return tokens.tolist(), kv
 

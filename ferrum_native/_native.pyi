@@ -185,9 +185,12 @@ class Engine:
         prompt is then computed from there on. 0: nothing was found, or the option `prefix_cache` is off, and the sequence is not started."""
     def cached_prefix(self, tokens: Sequence[int]) -> CachedPrefix:
         """What `adopt` would find now. Changes nothing, not even which blocks are given up first."""
-    def export_kv(self, sequence: int) -> npt.NDArray[np.float16] | npt.NDArray[np.float32]:
-        """Keys and values of a live sequence, a copy: [num_layers, 2, tokens, num_kv_heads, head_dim] in the type of `kv_type`, keys (rotated) first."""
-    def import_kv(self, sequence: int, tokens: Sequence[int], kv: npt.NDArray[np.float16] | npt.NDArray[np.float32]) -> None:
+    def kv_layout(self, tokens: int) -> tuple[tuple[int, int, int, int, int], np.dtype]:
+        """(shape, dtype) of what `export_kv` gives of so many tokens."""
+    def export_kv(self, sequence: int) -> npt.NDArray[np.float16] | npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+        """Keys and values of a live sequence, a copy: [num_layers, 2, tokens, num_kv_heads, head_dim] in the type of `kv_type`, keys (rotated) first.
+        Of q8_0 the last dimension is the bytes of GGUF's Q8_0 blocks, 34 for each 32 values: a float16 scale, then int8."""
+    def import_kv(self, sequence: int, tokens: Sequence[int], kv: npt.NDArray[np.float16] | npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> None:
         """Start `sequence`, which is not live, with tokens that were computed before and what `export_kv` gave of them. The caller answers for both
         belonging together and to this model. ValueError for another shape or type, KVPoolExhausted, ContextFull."""
     def release(self, sequence: int) -> None: ...

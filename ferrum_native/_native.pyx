@@ -264,6 +264,10 @@ cdef object checked_options(dict given):
     return options if options.threads is not None else replace(options, threads=available_cpus())
 
 
+cdef KvType kv_type_of(object name):
+    return KvType.F16 if name == "f16" else KvType.F32 if name == "f32" else KvType.Q8_0
+
+
 cdef EngineOptions engine_options(object options):
     from ferrum.options import available_memory
 
@@ -271,7 +275,7 @@ cdef EngineOptions engine_options(object options):
     out.kv_tokens = options.kv_tokens or 0
     out.memory_budget = options.memory_budget or 0
     out.available_memory = available_memory() or 0
-    out.kv_type = KvType.F16 if options.kv_type == "f16" else KvType.F32
+    out.kv_type = kv_type_of(options.kv_type)
     out.max_sequences = options.max_sequences
     out.prefill_chunk = options.prefill_chunk
     out.max_logit_rows = options.max_logit_rows or 0
@@ -660,10 +664,13 @@ cdef class Engine:
             found = self.open().pool().cached_prefix(span(ids.data(), ids.size()))
             return CachedPrefix(found.tokens, found.blocks_in_use)
 
-    cdef object kv_layout(self, Py_ssize_t tokens):
+    def kv_layout(self, tokens):
         """(shape, dtype) of what `export_kv` gives of so many tokens."""
-        config = self.config
-        return (config["num_layers"], 2, tokens, config["num_kv_heads"], config["head_dim"]), "<f2" if self.options["kv_type"] == "f16" else "<f4"
+        import numpy
+
+        config, kv_type = self.config, self.options["kv_type"]
+        dtype = numpy.dtype({"f16": "<f2", "f32": "<f4", "q8_0": "u1"}[kv_type])
+        return (config["num_layers"], 2, tokens, config["num_kv_heads"], kv_row_bytes(kv_type_of(kv_type), config["head_dim"]) // dtype.itemsize), dtype
 
     def export_kv(self, sequence):
         """Keys and values of a live sequence; see `_native.pyi`."""
@@ -693,7 +700,7 @@ cdef class Engine:
         shape, dtype = self.kv_layout(ids.size())
         kv = numpy.asarray(kv)
         if kv.shape != shape or kv.dtype != dtype:
-            raise ValueError(f"keys and values are {kv.dtype} {kv.shape}, but those of {ids.size()} tokens are {numpy.dtype(dtype)} {shape} in this engine.")
+            raise ValueError(f"keys and values are {kv.dtype} {kv.shape}, but those of {ids.size()} tokens are {dtype} {shape} in this engine.")
         kv = numpy.ascontiguousarray(kv)
         data = <const byte*>values_of(kv)
         with self.lock:

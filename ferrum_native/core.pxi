@@ -68,10 +68,14 @@ cdef extern from "core/model_description.h" namespace "ferrum" nogil:
         vector[string] paths
         TensorMap tensors
 
-cdef extern from "core/backend.h" namespace "ferrum" nogil:
+cdef extern from "core/kv_type.h" namespace "ferrum" nogil:
     cdef enum class KvType:
         F16
         F32
+        Q8_0
+    size_t kv_row_bytes(KvType, int)
+
+cdef extern from "core/backend.h" namespace "ferrum" nogil:
     cdef cppclass Backend:
         string name()
         cbool float_activations()

@@ -301,7 +301,7 @@ cdef class OpRunner:
         cdef OpKv kv = OpKv()
         cdef KvShape shape
         shape.layers, shape.blocks, shape.heads, shape.head_dim = layers, blocks, kv_heads, head_dim
-        shape.type = KvType.F16 if kv_type == "f16" else KvType.F32
+        shape.type = kv_type_of(kv_type)
         kv.runner, kv.blocks = self, blocks
         kv.native = self.native.get().backend().make_kv(shape)
         return kv

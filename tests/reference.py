@@ -110,6 +110,26 @@ def qk_norm_rope(heads, norm_weight, cos, sin, eps):
     return rotate(heads, cos, sin)
 
 
+KV_TYPES = ("f32", "f16", "q8_0")
+
+
+def as_stored(x, kv_type):
+    """Keys or values [..., D] as a cache of the type gives them back, in float64.
+
+    q8_0: 32 neighbours have one float16 scale, the least that is not below their largest magnitude / 127, and are rounded to its multiples; in
+    the float32 operations that the engine takes.
+    """
+    x = np.asarray(x, dtype=np.float32)
+    if kv_type != "q8_0":
+        return x.astype({"f32": np.float32, "f16": np.float16}[kv_type]).astype(np.float64)
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    needed = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    scale = needed.astype(np.float16)
+    scale = np.where(scale < needed, np.nextafter(scale, np.float16(np.inf)), scale).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return (scale.astype(np.float64) * np.rint(groups * inverse)).reshape(x.shape)
+
+
 def attention(queries, keys, values, scale=None, window=None):
     """Causal grouped-query attention: queries [T, N, D], keys and values [C, G, D] -> [T, N, D].
 
@@ -454,15 +474,15 @@ class Config:
 class ReferenceModel:
     """A GGUF file of arch qwen3moe, computed in float64 with all weights expanded (8 bytes each: for small models).
 
-    activations 'float' keeps them in float64; 'int8' rounds what meets quantized weights as `quantize_activations` does. kv_type 'f16' rounds
-    keys and values to float16; 'f32' keeps them.
+    activations 'float' keeps them in float64; 'int8' rounds what meets quantized weights as `quantize_activations` does. kv_type rounds keys and
+    values as `as_stored` does.
     """
 
     def __init__(self, path, *, activations="float", kv_type="f32", max_factor=MAX_FACTOR):
         import gguf
 
-        if activations not in ("float", "int8") or kv_type not in ("f32", "f16"):
-            raise ValueError(f"activations is 'float' or 'int8', kv_type is 'f32' or 'f16', not {activations!r}, {kv_type!r}")
+        if activations not in ("float", "int8") or kv_type not in KV_TYPES:
+            raise ValueError(f"activations is 'float' or 'int8', kv_type is one of {KV_TYPES}, not {activations!r}, {kv_type!r}")
         reader = gguf.GGUFReader(path)
         self.config = Config.from_metadata({name: field.contents() for name, field in reader.fields.items()
                                             if name.startswith(("general.architecture", "qwen3moe."))})
@@ -516,8 +536,8 @@ class ReferenceModel:
         values = self.project(x, prefix + "attn_v.weight").reshape(T, c.num_kv_heads, c.head_dim)
         queries = qk_norm_rope(queries, self.weight(prefix + "attn_q_norm.weight"), cos, sin, c.eps)
         keys = qk_norm_rope(keys, self.weight(prefix + "attn_k_norm.weight"), cos, sin, c.eps)
-        if self.kv_type == "f16":
-            keys, values = keys.astype(np.float16).astype(np.float64), values.astype(np.float16).astype(np.float64)
+        if self.kv_type != "f32":
+            keys, values = as_stored(keys, self.kv_type), as_stored(values, self.kv_type)
         mixed = attention(queries, keys, values).reshape(T, c.num_heads * c.head_dim)
         return self.project(mixed, prefix + "attn_output.weight")
 

@@ -191,7 +191,7 @@ def test_no_prompt_on_a_terminal_is_explained_with_an_example():
 @pytest.mark.parametrize("arguments, named", [
     (["generate", PROMPT, "--top-p", "2"], "--top-p is 2.0: expected a number above 0 and at most 1"),
     (["generate", PROMPT, "-n", "many"], "-n (--max-tokens) is 'many': expected a whole number of tokens"),
-    (["generate", PROMPT, "--kv-type", "q4"], "--kv-type is 'q4': expected f16 or f32"),
+    (["generate", PROMPT, "--kv-type", "q4"], "--kv-type is 'q4': expected one of f16, f32, q8_0"),
     (["generate", PROMPT, "--stop", ""], "--stop is ''"),
     (["generate", PROMPT, "--temprature", "1"], "There is no flag --temprature. Did you mean --temperature?"),
     (["generate", PROMPT, "--temp", "1"], "There is no flag --temp. Did you mean --temperature?"),

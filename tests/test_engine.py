@@ -98,6 +98,14 @@ def test_float_model_equals_the_reference(model, case):
     assert np.median(relative_l2(ReferenceModel(file.paths[0], kv_type="f16").logits(tokens), f16)) < 3e-4
 
 
+def test_q8_0_keys_and_values_stay_near_the_reference(model):
+    """Near the reference with the same rounding, which parts ways where a key or value lies next to the middle of two; and near the one without."""
+    file, tokens = model("F32", WIDE), random_token_ids(WIDE, 120)
+    got = rows_alone(file, [tokens], activations="float32", kv_type="q8_0")[0]
+    assert np.median(relative_l2(ReferenceModel(file.paths[0], kv_type="q8_0").logits(tokens), got)) < 1e-3
+    assert 1e-3 < np.median(relative_l2(ReferenceModel(file.paths[0]).logits(tokens), got)) < 3e-2
+
+
 @pytest.mark.parametrize("types,tied", [*((kind, False) for kind in (*BLOCK_OF, *MIXES)), ("Q4_K_M", True)])
 def test_quantized_model_stays_near_the_reference(model, types, tied):
     """Near the reference with the same int8 and f16 roundings, which part ways by their ties only; near the one without any roundings where the
@@ -390,7 +398,7 @@ def test_any_history_gives_each_sequence_its_own_logits(poisoned, history):
 
 # What is found again
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0"])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 def test_a_text_that_adopts_its_beginning_has_the_same_bits(model, kv_type, activations):
     tokens = random_token_ids(SMALL, 150)
@@ -645,7 +653,7 @@ def test_refused_calls_change_nothing(model, case):
 
 
 def test_wrong_options_are_refused(model):
-    for wrong in ({"kv_type": "q8_0"}, {"activations": "int4"}, {"prefill_chunk": 0}, {"max_sequences": 0}, {"kv_tokens": 0}, {"threads": 0}, {"max_logit_rows": 0},
+    for wrong in ({"kv_type": "q4_0"}, {"activations": "int4"}, {"prefill_chunk": 0}, {"max_sequences": 0}, {"kv_tokens": 0}, {"threads": 0}, {"max_logit_rows": 0},
                   {"device": "tpu"}, {"kv_tokens": 1.5}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             Engine(model(), **{"threads": 1, **wrong})
@@ -666,6 +674,14 @@ def test_capacity_is_rounded_up_to_blocks(model):
         engine.prefill(0, [1] * SMALL.context, logits="none")
         with pytest.raises(ContextFull, match="256"):
             engine.decode(0, 1)
+    with Engine(model(), threads=1, kv_type="q8_0", kv_tokens=32) as engine:
+        assert engine.kv_bytes_per_token == 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim // 32 * 34
+
+
+def test_q8_0_of_heads_that_are_no_groups_of_32_is_refused_by_name(model):
+    for call in (plan, Engine):
+        with pytest.raises(UnsupportedModelError, match="kv_type q8_0 gives each 32 dimensions of a head one scale, and the model's heads have 40. Choose kv_type f16"):
+            call(model("F32", replace(SMALL, head_dim=40)), threads=1, kv_type="q8_0")
 
 
 def test_close_gives_everything_back(model):

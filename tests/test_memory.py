@@ -23,7 +23,8 @@ def resident():
 
 file = GGUFFile.open(sys.argv[1])
 before = resident()
-engine = Engine(file, threads=2, kv_tokens=1024)
+options = dict(threads=2, kv_tokens=1024, kv_type=sys.argv[2])
+engine = Engine(file, **options)
 engine.warm_up()
 engine.prefill(0, list(range(700)))
 for token in range(50):
@@ -32,15 +33,15 @@ engine.candidates(64)
 running = resident()
 engine.close()
 after = resident()
-print(json.dumps({"plan": plan(file, threads=2, kv_tokens=1024), "before": before, "running": running, "after": after}))
+print(json.dumps({"plan": plan(file, **options), "before": before, "running": running, "after": after}))
 """
 
 
-@pytest.fixture(scope="module")
-def measured():
+@pytest.fixture(scope="module", params=["f16", "q8_0"])
+def measured(request):
     if not sys.platform.startswith("linux"):
         pytest.skip("resident memory is read from /proc")
-    done = subprocess.run([sys.executable, "-c", PROBE, DEFAULT_MODEL], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROBE, DEFAULT_MODEL, request.param], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -127,6 +127,12 @@ def test_no_sequence_shows_in_another(model):
             engine.reset()
 
 
+def test_keys_and_values_in_q8_0_are_refused_by_name(model):
+    for call in (plan, Engine):
+        with pytest.raises(DeviceError, match="kv_type q8_0 runs on the CPU only.* Choose kv_type f16 or device cpu"):
+            call(model(), device="metal", kv_type="q8_0")
+
+
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 def test_a_sequence_goes_on_from_keys_and_values_that_were_exported(model, kv_type):
     tokens = random_token_ids(SMALL, 21)

@@ -8,7 +8,7 @@ import os
 import gguf
 import numpy as np
 import pytest
-from reference import (BLOCK_OF, as_quantized, attention, dequantize, dot_quantized, expand, experts_down, experts_gate_up, log_sum_exp, qk_norm_rope,
+from reference import (BLOCK_OF, as_quantized, as_stored, attention, dequantize, dot_quantized, expand, experts_down, experts_gate_up, log_sum_exp, qk_norm_rope,
                        quantize_activations, rms_normalise, rope_cos_sin, route, silu, softmax, top_candidates)
 from tiny_models import random_tensor, set_block_scale
 
@@ -16,6 +16,7 @@ from ferrum.errors import DeviceError
 from ferrum_native import _native
 
 EPS = float(np.finfo(np.float32).eps)
+KV_TYPES = ("f16", "f32", "q8_0")
 MATMUL_TOLERANCE = 1e-5  # of the sum of the products' magnitudes
 FLOAT_SUMS_TOLERANCE = 1e-6  # of a log-sum-exp whose exponentials are float32
 TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "BF16", *BLOCK_OF)}
@@ -71,6 +72,8 @@ def backend(request):
     chosen, test = BACKENDS[request.param], getattr(request.node, "callspec", None)
     if chosen.device == "metal" and (test.params.get("threads") == 2 or test.params.get("activations") == "int8"):
         pytest.skip("Metal has no threads, and one kind of activations")
+    if chosen.device == "metal" and test is not None and test.params.get("kv_type") == "q8_0":
+        pytest.skip("Metal keeps no keys and values in q8_0")
     return chosen
 
 
@@ -334,24 +337,28 @@ class Paged:
             q = queries[row:row + end - begin].reshape(end - begin, N, -1).astype(np.float64)
             keys, values = self.stored(self.qkv[s][:end, N:N + G]), self.stored(self.qkv[s][:end, N + G:])
             expected.append(attention(q, keys, values).reshape(end - begin, -1))
-            tolerance.append(np.full((end - begin, 1), attention_tolerance(q, keys, values)))
+            tolerance.append(np.full((end - begin, 1), attention_tolerance(q, keys, values, self.kv_type)))
             row += end - begin
         return out, np.concatenate(expected), np.concatenate(tolerance)
 
     def stored(self, x):
-        return x.astype(np.float16 if self.kv_type == "f16" else np.float32).astype(np.float64)
+        return as_stored(x, self.kv_type)
 
 
-def attention_tolerance(queries, keys, values):
-    """Errors of the scores (a chain of head_dim products) turn into relative errors of the weights; then one chain over the keys."""
+def attention_tolerance(queries, keys, values, kv_type):
+    """Errors of the scores (a chain of head_dim products) turn into relative errors of the weights; then one chain over the keys.
+
+    With q8_0, queries are off by at most 2^-16 of their largest, and each of 16 weights by 2^-16 of the largest of them.
+    """
     head_dim = queries.shape[-1]
     score_size = np.abs(queries).max() * np.abs(keys).max() * head_dim ** 0.5
     score_error = score_size * (4 + head_dim ** 0.5) * EPS
-    return (2 * score_error + 5e-7 + len(keys) / 16 * EPS) * np.abs(values).max()
+    rounding = 2 * score_size * 2 ** -16 + 16 * 2 ** -16 if kv_type == "q8_0" else 0
+    return (2 * score_error + 5e-7 + len(keys) / 16 * EPS + rounding) * np.abs(values).max()
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_attention_over_ragged_paged_sequences(backend, group, head_dim, kv_type):
     """Decode tokens and prompt chunks of contexts around the block of 16 and the split of 512 in one call."""
@@ -367,7 +374,7 @@ def test_attention_over_ragged_paged_sequences(backend, group, head_dim, kv_type
         assert_close(out.values(), expected, tolerance, str(parts))
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("group,head_dim", [(4, 64), (8, 128), (1, 96), (2, 256)])
 def test_attention_of_a_token_does_not_depend_on_its_company(backend, group, head_dim, kv_type):
     """Alone, in a batch, as a decode or inside prompt chunks of any size, on one thread or two: equal bits."""
@@ -385,9 +392,10 @@ def test_attention_of_a_token_does_not_depend_on_its_company(backend, group, hea
     assert backend.alike(one.attend([(2, 1150, 1163), (0, 690, 700)])[0].values(), np.concatenate([whole[73:86], whole[30:40]]))
 
 
-def test_attention_reads_no_block_of_others(backend):
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_attention_reads_no_block_of_others(backend, kv_type):
     runner = backend()
-    paged = Paged(runner, heads=4, kv_heads=2, head_dim=64, kv_type="f16", contexts=[40, 100, 17])
+    paged = Paged(runner, heads=4, kv_heads=2, head_dim=64, kv_type=kv_type, contexts=[40, 100, 17])
     everything = [(0, 0, 40), (1, 0, 100), (2, 0, 17)]
     paged.write(everything)
     whole = paged.attend(everything)[0].values()
@@ -399,24 +407,28 @@ def test_attention_reads_no_block_of_others(backend):
     assert np.isnan(paged.attend([(1, 0, 49)])[0].values()[48]).all()  # the canary does sing
 
 
-def test_attention_of_large_scores_has_no_nan(backend):
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_attention_of_large_scores_has_no_nan(backend, kv_type):
     runner = backend()
     for q_scale, k_scale in ((1e4, 1.0), (1e4, 1e4), (1e-4, 1e-4)):
-        paged = Paged(runner, heads=2, kv_heads=1, head_dim=64, kv_type="f32", contexts=[530])
+        paged = Paged(runner, heads=2, kv_heads=1, head_dim=64, kv_type=kv_type, contexts=[530])
         paged.qkv[0][:, :2] *= q_scale
         paged.qkv[0][:, 2:3] *= k_scale
         paged.qkv[0][-1, :2] = -np.abs(paged.qkv[0][-1, :2])  # every score of the last token is very negative
         paged.qkv[0][:, 2:3] = np.abs(paged.qkv[0][:, 2:3])
         paged.write([(0, 0, 530)])
         got = paged.attend([(0, 520, 530)])[0].values()
-        assert np.isfinite(got).all() and np.abs(got).max() <= np.abs(paged.qkv[0][:, 3]).max() * 1.00001
+        most = np.abs(paged.stored(paged.qkv[0][:, 3])).max() * (1.00001 if kv_type == "f32" else 1 + 16 * 2 ** -16)
+        assert np.isfinite(got).all() and np.abs(got).max() <= most
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("head_dim,rotary_dim", [(64, 64), (96, 96), (128, 128), (128, 64), (256, 256), (8, 2)])
 @pytest.mark.parametrize("with_norm", [True, False], ids=["qk_norm", "no_norm"])
 def test_qk_norm_rope_cache_of_any_positions(backend, head_dim, rotary_dim, kv_type, with_norm):
     """Queries by their values; keys and values by what attention makes of them. Positions up to 262,143 come through the batch."""
+    if kv_type == "q8_0" and head_dim % 32 != 0:
+        pytest.skip("q8_0 is of groups of 32 dimensions")
     runner = backend()
     N, G, eps = 4, 2, 1e-6
     paged = Paged(runner, heads=N, kv_heads=G, head_dim=head_dim, kv_type=kv_type, contexts=[40])
@@ -435,8 +447,9 @@ def test_qk_norm_rope_cache_of_any_positions(backend, head_dim, rotary_dim, kv_t
     values = qkv[:, N + G:]
     got = runner.attention(paged.batch([(0, 0, 40)]), q_out, paged.kv, **paged.shape).values()
     expected = attention(queries, paged.stored(keys), paged.stored(values)).reshape(40, -1)
-    rounding = 2 ** -11 * np.abs(keys).max() * np.abs(queries).max() * head_dim ** 0.5 * 0.1 if kv_type == "f16" else 0  # a key next to the middle of two f16
-    assert_close(got, expected, attention_tolerance(queries, keys, values) + rounding * np.abs(values).max())
+    step = {"f16": 2 ** -11, "f32": 0, "q8_0": 1 / 127}[kv_type] * np.abs(keys).max()  # by which a key next to the middle of two is off
+    rounding = step * np.abs(queries).max() * head_dim ** 0.5 * 0.1
+    assert_close(got, expected, attention_tolerance(queries, keys, values, kv_type) + rounding * np.abs(values).max())
 
 
 def test_qk_norm_rope_cache_of_one_token_has_the_bits_of_the_token_among_many(backend):
@@ -453,9 +466,10 @@ def test_qk_norm_rope_cache_of_one_token_has_the_bits_of_the_token_among_many(ba
     assert same_bits(one.attend(parts)[0].values(), many.attend(parts)[0].values())
 
 
-def test_copy_kv_blocks_copies_every_layer(backend):
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_copy_kv_blocks_copies_every_layer(backend, kv_type):
     runner = backend()
-    cases = [Paged(runner, heads=2, kv_heads=2, head_dim=64, kv_type="f16", contexts=[32, 32], layers=3, layer=layer, seed=7) for layer in range(3)]
+    cases = [Paged(runner, heads=2, kv_heads=2, head_dim=64, kv_type=kv_type, contexts=[32, 32], layers=3, layer=layer, seed=7) for layer in range(3)]
     for case in cases[1:]:
         case.kv = cases[0].kv
     for layer, case in enumerate(cases):
@@ -759,7 +773,7 @@ def everything(instruction_set, activations):
             out.append(runner.experts_gate_up(x, routing, stack.placed, stack.placed).values())
             out.append(runner.experts_down(random_rows(34, cols), routing, stack.placed))
             out.append(runner.norm(x, float_weight(runner, x[0]), 1e-6, x)[1].values())
-    for kv_type in ("f16", "f32"):
+    for kv_type in KV_TYPES:
         paged = Paged(runner, heads=4, kv_heads=2, head_dim=96, kv_type=kv_type, contexts=[600, 40])
         cos, sin = rope_cos_sin(np.arange(640), 96, 1e6)
         out.append(paged.write([(0, 0, 600), (1, 0, 40)], np.hstack([cos, sin]).astype(np.float32), 96, q_norm=float_weight(runner, random_rows(1, 96)[0])))
@@ -789,6 +803,36 @@ def test_f16_values_round_as_numpy_does(backend):
     parts = [(s, 0, 1) for s in range(4)]
     paged.write(parts)
     assert np.array_equal(paged.attend(parts)[0].values(), values.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0"])
+def test_q8_0_values_round_as_the_reference_does(backend, kv_type):
+    """One key: attention gives back its value as the cache stored it. Groups of one size each, of zeros, of what is below the least float16
+    and of what needs a scale just above one."""
+    runner = backend()
+    rng = np.random.default_rng(3)
+    sizes = np.concatenate([[0, 1e-12, 2 ** -24 * 127, 2 ** -24 * 127.5, 127 * (1 + 2 ** -12), 8e6], 10 ** rng.uniform(-9, 6.9, 58)])
+    values = (rng.uniform(-1, 1, (64, 32)) * sizes[:, None]).astype(np.float32)
+    values[np.arange(64), rng.integers(0, 32, 64)] = sizes
+    paged = Paged(runner, heads=1, kv_heads=1, head_dim=512, kv_type=kv_type, contexts=[1] * 4)
+    for s in range(4):
+        paged.qkv[s][0, 2] = values[16 * s:16 * s + 16].ravel()
+    parts = [(s, 0, 1) for s in range(4)]
+    paged.write(parts)
+    got = paged.attend(parts)[0].values().reshape(64, 32)
+    expected = as_stored(values, kv_type)
+    assert_close(got, expected, 4 * EPS * np.abs(expected))
+    assert (np.abs(expected - values) <= (sizes[:, None] / 127 * (1 + 2 ** -10) + 2 ** -24) / 2).all()
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0"])
+def test_a_nan_key_or_value_of_q8_0_makes_what_sees_it_nan(backend, kv_type):
+    for head in (1, 2):
+        paged = Paged(backend(), heads=1, kv_heads=1, head_dim=64, kv_type=kv_type, contexts=[40])
+        paged.qkv[0][20, head, 5] = np.nan
+        paged.write([(0, 0, 40)])
+        got = paged.attend([(0, 0, 40)])[0].values()
+        assert np.isfinite(got[:20]).all() and np.isnan(got[20:, :32]).all()
 
 
 def test_place_weight_refuses_unknown_types(backend):

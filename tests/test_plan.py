@@ -49,6 +49,14 @@ def test_the_default_pool_is_the_largest_that_the_budget_holds(file, tokens):
         assert planned["options"]["memory_budget"] == total(file, blocks) + spare
 
 
+def test_a_budget_holds_more_tokens_in_q8_0(file):
+    budget = total(file, 4096)
+    of_q8_0 = plan(file, memory_budget=budget, kv_type="q8_0", **GIVEN)
+    assert of_q8_0["kv_bytes_per_token"] * 32 == plan(file, **GIVEN)["kv_bytes_per_token"] * 17
+    assert 4096 * 1.8 < of_q8_0["options"]["kv_tokens"] < 4096 * 32 / 17
+    assert of_q8_0["total_bytes"] <= budget
+
+
 def test_a_large_budget_leaves_the_default(file, model):
     assert plan(file, memory_budget="1TiB", **GIVEN)["options"]["kv_tokens"] == 8192
     assert plan(model(TinyConfig(context=250)), memory_budget="1TiB", **GIVEN)["options"]["kv_tokens"] == 256

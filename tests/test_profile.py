@@ -41,7 +41,7 @@ def count_step(file, parts, kv_bytes):
     c, nbytes = CONFIG, {name: tensor.nbytes for name, tensor in file.tensors.items()}
     ops = defaultdict(lambda: np.zeros(3, np.int64))
     tokens, rows = sum(end - first for _, first, end, _ in parts), sum(wanted for *_, wanted in parts)
-    q_size, token_kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim * kv_bytes
+    q_size, token_kv = c.heads * c.head_dim, int(2 * c.kv_heads * c.head_dim * kv_bytes)
     ops["embed"] += 1, tokens * nbytes["token_embd.weight"] // c.vocab, 0
     for layer in range(c.layers):
         def weights(*kinds):
@@ -71,7 +71,7 @@ def count_step(file, parts, kv_bytes):
     return ops
 
 
-@pytest.mark.parametrize("kv_type,kv_bytes", [("f16", 2), ("f32", 4)])
+@pytest.mark.parametrize("kv_type,kv_bytes", [("f16", 2), ("f32", 4), ("q8_0", 34 / 32)])
 def test_bytes_and_products_equal_an_independent_count(file, kv_type, kv_bytes):
     one, two = random_token_ids(CONFIG, 23, seed=1), random_token_ids(CONFIG, 8, seed=2)
     reference = RoutedModel(file.paths[0], kv_type=kv_type)

@@ -65,6 +65,18 @@ def test_attention_equals_a_loop_over_positions(context, window):
     np.testing.assert_allclose(reference.attention(queries, keys, values, window=window), naive_attention(queries, keys, values, window), atol=1e-13)
 
 
+def test_q8_0_keys_and_values_are_multiples_of_a_float16_and_off_by_at_most_half_of_it():
+    x = np.random.default_rng(5).standard_normal((3, 2, 64)).astype(np.float32)
+    x[0, 0, :32] = 0
+    stored = reference.as_stored(x, "q8_0").reshape(-1, 32)
+    for given, got in zip(x.reshape(-1, 32), stored):
+        largest = float(np.abs(given).max())
+        scale = float(np.abs(got).max()) / 127
+        assert largest / 127 <= scale * (1 + 1e-9) <= largest / 127 * (1 + 2 ** -9) and float(np.float16(scale)) == scale
+        assert np.abs(got - given).max() <= scale / 2 * (1 + 1e-6)
+        assert not scale or np.array_equal(got / scale, np.rint(got / scale))
+
+
 @pytest.mark.parametrize("position", [0, 1, 40_960, 262_143])
 def test_rope_rotates_each_pair_by_position_times_frequency(position):
     D, theta = 128, 1e6

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from reference import as_stored, dequantize
 from tiny_models import TinyConfig, random_token_ids, write_tiny_model
 
 from ferrum import session_file
@@ -73,7 +74,7 @@ def refused(engine, model, path, match):
     assert str(caught.value).startswith(f"{path}: ") and engine.stats() == before
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0"])
 @pytest.mark.parametrize("length", [1, 16, 17, 75])
 def test_a_loaded_sequence_goes_on_with_the_same_bits(model, tmp_path, kv_type, length):
     path, more = tmp_path / "saved", random_token_ids(CONFIG, 30, seed=2)
@@ -112,6 +113,22 @@ def test_the_file_holds_nothing_but_the_tokens_of_its_sequence(engine, model, sa
     assert sorted(os.listdir(saved.parent)) == ["saved"]
 
 
+def test_keys_and_values_of_q8_0_are_saved_as_the_blocks_of_gguf(model, tmp_path):
+    path = tmp_path / "saved"
+    exported = {}
+    for kv_type in ("f32", "q8_0"):
+        with engine_of(model, kv_type=kv_type) as engine:
+            engine.prefill(0, TOKENS)
+            exported[kv_type] = engine.export_kv(0)
+            save(path, engine, model, 0, TOKENS)
+    header, data = header_of(path)
+    assert header["kv"] == {"dtype": "U8", "shape": [2, 2, 75, 2, 34], "data_offsets": [300, 300 + 2 * 2 * 75 * 2 * 34]}
+    rows = np.frombuffer(data, np.uint8, offset=300).reshape(2, 2, 75, 2, 34)
+    assert np.array_equal(rows, exported["q8_0"])
+    stored = dequantize(rows.reshape(-1, 34), "Q8_0").reshape(2, 2, 75, 2, 32)
+    assert np.array_equal(stored[0], as_stored(exported["f32"][0], "q8_0"))  # of the first layer, which no attention came before
+
+
 def test_another_model_is_refused(model, saved, tmp_path):
     for index, config in enumerate((CONFIG, replace(CONFIG, layers=1))):
         other = GGUFFile.open(write_tiny_model(tmp_path / f"{index}.gguf", config=config, types="Q8_0", seed=9))
@@ -121,6 +138,7 @@ def test_another_model_is_refused(model, saved, tmp_path):
 
 @pytest.mark.parametrize("options,match", [
     ({"kv_type": "f32"}, "was saved with kv_type f16, this engine has f32"),
+    ({"kv_type": "q8_0"}, "was saved with kv_type f16, this engine has q8_0"),
     ({"activations": "float32"}, "was saved with activations int8, this engine has float32"),
 ])
 def test_other_options_are_refused(model, saved, options, match):

@@ -11,12 +11,11 @@
 
 #include "batch.h"
 #include "error.h"
+#include "kv_type.h"
 #include "profile.h"
 #include "tensor.h"
 
 namespace ferrum {
-
-enum class KvType { F16, F32 };
 
 struct KvShape {
   int layers, blocks, heads, head_dim;
@@ -171,8 +170,8 @@ class Backend {
   /// Drops what was enqueued since the last `finish`: after a call that threw.
   virtual void abandon() = 0;
 
-  // Between steps, and at once: keys and values of the first `tokens` tokens of a block table, in the KV's type, as [layers, 2, tokens, heads,
-  // head_dim] with the keys first. All tokens were written; the rest of the last block is left as it is.
+  // Between steps, and at once: keys and values of the first `tokens` tokens of a block table, as [layers, 2, tokens, heads] of rows of
+  // kv_row_bytes with the keys first: head_dim numbers of the KV's type, or BlockQ8_0 [head_dim / 32]. All tokens were written; the rest of the last block is left as it is.
   virtual void read_kv(const Kv&, std::span<const int32_t> blocks, int tokens, std::byte* out) = 0;
   virtual void write_kv(Kv&, std::span<const int32_t> blocks, int tokens, const std::byte* data) = 0;
 

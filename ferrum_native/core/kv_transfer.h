@@ -23,7 +23,7 @@ void move_kv(const KvShape& s, T* keys, T* values, std::span<const int32_t> bloc
       }
 }
 
-/// `read_kv` and `write_kv` of a device whose blocks the host sees.
+/// `read_kv` and `write_kv` of f16 and f32 on a device whose blocks the host sees.
 template <class KeyElement>
 void read_kv_blocks(const KvShape& s, const std::byte* keys, const std::byte* values, std::span<const int32_t> blocks, int tokens, std::byte* out, KeyElement key_element) {
   auto read = [&]<class T>(T* array) {

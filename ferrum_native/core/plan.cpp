@@ -62,6 +62,8 @@ bool fits(const EnginePlan& plan) {
 }  // namespace
 
 EnginePlan make_plan(Model& model, const Backend& backend, const EngineOptions& options) {
+  if (const int D = model.shape().heads.head_dim; options.kv_type == KvType::Q8_0 && D % kv_group != 0)
+    throw Error(ErrorKind::UnsupportedModel, "kv_type q8_0 gives each " + std::to_string(kv_group) + " dimensions of a head one scale, and the model's heads have " + std::to_string(D) + ". Choose kv_type f16.");
   const bool given = options.kv_tokens > 0, budget = options.memory_budget > 0;
   auto plan_of = [&](int blocks) { return plan_with_blocks(model, backend, options, blocks); };
   const int wanted = blocks_for(given ? options.kv_tokens : std::min(model.shape().context_length, default_kv_tokens));

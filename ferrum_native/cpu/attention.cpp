@@ -4,7 +4,7 @@
 
 namespace ferrum::cpu {
 
-void CpuBackend::attend(const AttentionArgs& args, const QueryTile& tile, int kv_head, int split, float* partial) const {
+void CpuBackend::attend(const AttentionArgs& args, const QueryTile& tile, int kv_head, int split, const ThreadScratch& scratch, float* partial) const {
   const CpuKv& kv = static_cast<const CpuKv&>(args.kv);
   const int group = args.shape.heads / args.shape.kv_heads, D = args.shape.head_dim;
   const int first_position = batch_->positions[static_cast<size_t>(tile.first)];
@@ -15,13 +15,15 @@ void CpuBackend::attend(const AttentionArgs& args, const QueryTile& tile, int kv
                            .head_dim = D,
                            .first_position = first_position,
                            .scale = args.scale,
-                           .f16 = kv.shape.type == KvType::F16,
+                           .kv_type = kv.shape.type,
                            .keys = kv.keys.host() + kv.offset(args.layer, 0, kv_head),
                            .values = kv.values.host() + kv.offset(args.layer, 0, kv_head),
                            .block_bytes = kv.block_bytes(),
                            .blocks = batch_->block_tables.data() + static_cast<size_t>(tile.sequence) * static_cast<size_t>(batch_->max_blocks),
                            .key_begin = split * split_keys,
                            .key_end = std::min((split + 1) * split_keys, first_position + tile.queries),
+                           .q_16 = scratch.q_16,
+                           .q_scale = scratch.q_scale,
                            .partial = partial});
 }
 
@@ -47,10 +49,10 @@ void CpuBackend::attention(const AttentionArgs& args) {
   if (single_tokens && most_splits > 1 && units < units_to_split_below()) {
     const size_t stride = partial_floats(group, D);
     auto partial_at = [&](int unit, int split) { return split_partials_ + (static_cast<size_t>(unit) * static_cast<size_t>(most_splits) + static_cast<size_t>(split)) * stride; };
-    pool_.run(units * most_splits, [&](int task, int) {
+    pool_.run(units * most_splits, [&](int task, int thread) {
       const int unit = task / most_splits, split = task % most_splits;
       const QueryTile& tile = tiles_[static_cast<size_t>(unit / kv_heads)];
-      if (split < splits_of(tile)) attend(args, tile, unit % kv_heads, split, partial_at(unit, split));
+      if (split < splits_of(tile)) attend(args, tile, unit % kv_heads, split, scratch_[static_cast<size_t>(thread)], partial_at(unit, split));
     });
     pool_.run(units, [&](int unit, int) {
       const QueryTile& tile = tiles_[static_cast<size_t>(unit / kv_heads)];
@@ -60,11 +62,12 @@ void CpuBackend::attention(const AttentionArgs& args) {
   } else {
     pool_.run(units, [&](int unit, int thread) {
       const QueryTile& tile = tiles_[static_cast<size_t>(unit / kv_heads)];
-      float* total = scratch_[static_cast<size_t>(thread)].attention;
+      const ThreadScratch& scratch = scratch_[static_cast<size_t>(thread)];
+      float* total = scratch.attention;
       float* partial = total + partial_floats(query_tile * group, D);
-      attend(args, tile, unit % kv_heads, 0, total);
+      attend(args, tile, unit % kv_heads, 0, scratch, total);
       for (int split = 1; split < splits_of(tile); ++split) {
-        attend(args, tile, unit % kv_heads, split, partial);
+        attend(args, tile, unit % kv_heads, split, scratch, partial);
         combine(total, partial, tile.queries * group);
       }
       finish_tile(args, tile, unit % kv_heads, total);

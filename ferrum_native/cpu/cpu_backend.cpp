@@ -5,8 +5,6 @@
 #include <cstring>
 #include <limits>
 
-#include "../core/kv_transfer.h"
-
 namespace ferrum::cpu {
 namespace {
 
@@ -23,9 +21,6 @@ Forms forms_for(std::span<const WeightType> consumers, bool float_activations) {
   }
   return forms;
 }
-
-/// Where dimension d of a token's key lies in a block of a head.
-int key_element(int place, int d) { return d * kv_block_tokens + place; }
 
 }  // namespace
 
@@ -120,7 +115,7 @@ size_t CpuBackend::activation_bytes(int rows, int cols, std::span<const WeightTy
 }
 
 size_t CpuBackend::kv_bytes(const KvShape& s) const {
-  return 2 * static_cast<size_t>(s.layers) * static_cast<size_t>(s.blocks) * static_cast<size_t>(s.heads) * static_cast<size_t>(s.head_dim) * kv_block_tokens * (s.type == KvType::F16 ? 2 : 4);
+  return 2 * static_cast<size_t>(s.layers) * static_cast<size_t>(s.blocks) * static_cast<size_t>(s.heads) * kv_block_tokens * kv_row_bytes(s.type, s.head_dim);
 }
 
 size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const {
@@ -137,6 +132,9 @@ size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vec
     piece(s.out, T);
     piece(s.products, pairs * expert_task_rows);
     piece(s.attention, 2 * partial_floats(query_tile * group, limits.heads.head_dim));
+    const auto rows = static_cast<size_t>(query_tile * group), D = static_cast<size_t>(limits.heads.head_dim);
+    piece(s.q_16, rows * D);
+    piece(s.q_scale, rows * (D / kv_group));
   }
   const auto units = static_cast<size_t>(std::min(static_cast<int64_t>(limits.sequences) * limits.heads.kv_heads, static_cast<int64_t>(units_to_split_below())));
   piece(splits, units * static_cast<size_t>((limits.context + split_keys - 1) / split_keys) * partial_floats(group, limits.heads.head_dim));
@@ -180,20 +178,10 @@ void CpuBackend::copy_kv_blocks(Kv& kv, std::span<const BlockCopy> copies) {
     }
 }
 
-void CpuBackend::read_kv(const Kv& kv, std::span<const int32_t> blocks, int tokens, std::byte* out) {
-  const CpuKv& pool = static_cast<const CpuKv&>(kv);
-  read_kv_blocks(pool.shape, pool.keys.host(), pool.values.host(), blocks, tokens, out, key_element);
-}
-
-void CpuBackend::write_kv(Kv& kv, std::span<const int32_t> blocks, int tokens, const std::byte* data) {
-  CpuKv& pool = static_cast<CpuKv&>(kv);
-  write_kv_blocks(pool.shape, pool.keys.host(), pool.values.host(), blocks, tokens, data, key_element);
-}
-
 void CpuBackend::poison_kv_blocks(Kv& kv, std::span<const int32_t> blocks) {
   CpuKv& pool = static_cast<CpuKv&>(kv);
   for (int32_t block : blocks)
-    for (int layer = 0; layer < pool.shape.layers; ++layer) {  // bytes 0xff are a NaN in f16 and in f32
+    for (int layer = 0; layer < pool.shape.layers; ++layer) {  // bytes 0xff are a NaN in f16 and in f32, and make one of a scale of Q8_0
       std::memset(pool.keys.host() + pool.offset(layer, block, 0), 0xff, pool.block_bytes());
       std::memset(pool.values.host() + pool.offset(layer, block, 0), 0xff, pool.block_bytes());
     }

@@ -60,11 +60,11 @@ struct CpuRouting final : Routing {
   int32_t* active;  // [active_count]: experts that have pairs
 };
 
-/// Keys [layer][block][kv head][head_dim][16 tokens] and values [layer][block][kv head][16 tokens][head_dim].
+/// Keys [layer][block][kv head][head_dim][16 tokens] and values [layer][block][kv head][16 tokens][head_dim]; of Q8_0 both are
+/// [layer][block][kv head] of KvGroupQ8_0 [head_dim / 32].
 struct CpuKv final : Kv {
   explicit CpuKv(const KvShape&);
-  size_t element() const { return shape.type == KvType::F16 ? 2 : 4; }
-  size_t head_bytes() const { return static_cast<size_t>(shape.head_dim) * kv_block_tokens * element(); }
+  size_t head_bytes() const { return kv_block_tokens * kv_row_bytes(shape.type, shape.head_dim); }
   size_t block_bytes() const { return head_bytes() * static_cast<size_t>(shape.heads); }
   size_t offset(int layer, int block, int head) const {
     return (static_cast<size_t>(layer) * static_cast<size_t>(shape.blocks) + static_cast<size_t>(block)) * block_bytes() + static_cast<size_t>(head) * head_bytes();
@@ -121,6 +121,8 @@ class CpuBackend final : public Backend {
     float** out;       // [T]
     float* products;   // [product_floats_]
     float* attention;  // two partial results of a tile of queries
+    int16_t* q_16;     // and its queries, where they are packed
+    float* q_scale;
   };
   /// Fewest weight rows of one task of the experts' ops, for which a thread can keep the products of all pairs.
   static constexpr int expert_task_rows = 64;
@@ -142,7 +144,7 @@ class CpuBackend final : public Backend {
   void group_pairs(CpuRouting&);
   /// Some tokens of one sequence, that share one read of keys and values.
   struct QueryTile { int sequence, first, queries; };
-  void attend(const AttentionArgs&, const QueryTile&, int kv_head, int split, float* partial) const;
+  void attend(const AttentionArgs&, const QueryTile&, int kv_head, int split, const ThreadScratch&, float* partial) const;
   void finish_tile(const AttentionArgs&, const QueryTile&, int kv_head, const float* total) const;
 
   const CpuOptions options_;

@@ -28,9 +28,13 @@ namespace ferrum::cpu::FERRUM_ISA {
 
 #include "dot_float.inl"
 
-#include "attention.inl"
-#include "candidates.inl"
 #include "quantize.inl"
+
+#include "attention_floats.inl"
+#include "attention_q8_0.inl"
+#include "attention.inl"
+
+#include "candidates.inl"
 #include "rows.inl"
 
 /// The products of a weight type; one without them does not compile.

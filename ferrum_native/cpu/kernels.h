@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../core/kv_type.h"
 #include "../core/quant_types.h"
 
 namespace ferrum::cpu {
@@ -80,7 +81,28 @@ struct QkNormRopeArgs {
   float* out;            // [head_dim]: normed, then value i < rotary_dim / 2 rotated with value i + rotary_dim / 2
 };
 
+/// Group g of the 16 keys, or the 16 values, of a kv head's block in q8_0: dimensions 32 g to 32 g + 31. The block is [head_dim / 32] of it.
+/// A number is scale * q; int8 that meet in one sum of products lie side by side.
+struct KvGroupQ8_0 {
+  uint16_t scale[16];       // float16, of each token
+  int8_t q[16 * kv_group];  // keys [16 pairs of dimensions][16 tokens][2], values [8 pairs of tokens][32 dimensions][2]
+
+  static constexpr int key_at(int place, int d) { return d / 2 * 32 + 2 * place + d % 2; }
+  static constexpr int value_at(int place, int d) { return place / 2 * 64 + 2 * d + place % 2; }
+};
+static_assert(sizeof(KvGroupQ8_0) == 16 * (kv_group + 2));
+
 /// The part of one key range in the softmax of some queries of one kv head: online softmax over blocks of 16 keys in rising order.
+///
+/// Of each query head alone, in float32, with blocks in rising order; M is the largest score so far, keep what earlier sums are multiplied with:
+///   f16, f32:  score = scale * (q . k), one fma chain over the dimensions; p = exp(score - M), keep = exp(earlier M - M);
+///              value_d = value_d * keep, then fma(p, v_d, value_d) for each visible key in rising order.
+///   q8_0:      q is rounded to q_16 * q_scale per group g, where q_scale = max |q| / 32767; sums of products of integers are exact in int32:
+///              score = scale * s, s = fma(scale_k * q_scale, float(q_16 . k), s) for each g, rising;
+///              p = exp(score - m), m the block's largest score; take = exp(m - M), keep = exp(earlier M - M);
+///              with S = max scale_v of the visible keys of g and w = round(p * (scale_v * (32767 / S))), 0 of keys that are not visible,
+///              value_d = fma(float(w . v_d), S / 32767 * take, value_d * keep).
+///              So each p is known to 2^-16 of the block's largest, and q to 2^-16 of its group's: far below the rounding of k and v.
 struct AttentionTileArgs {
   const float* q;             // [queries], q_stride apart, each [group, head_dim]
   size_t q_stride;            // floats
@@ -88,12 +110,14 @@ struct AttentionTileArgs {
   int head_dim;               // a multiple of 8
   int first_position;         // of the first query; they rise by one
   float scale;
-  bool f16;                   // else f32
-  const std::byte* keys;      // of this kv head in block 0: [head_dim, 16]
-  const std::byte* values;    // [16, head_dim]
+  KvType kv_type;
+  const std::byte* keys;      // of this kv head in block 0: [head_dim, 16] or KvGroupQ8_0 [head_dim / 32]
+  const std::byte* values;    // [16, head_dim] or KvGroupQ8_0 [head_dim / 32]
   size_t block_bytes;         // from block to block
   const int32_t* blocks;      // block of each 16 positions
   int key_begin, key_end;     // absolute positions; key_begin is a multiple of 16
+  int16_t* q_16;              // of q8_0: this thread's own [queries * group, head_dim]
+  float* q_scale;             // and [queries * group, head_dim / 32]
   float* partial;             // out [queries * group, head_dim + 2]: weighted values, largest score, sum of weights
 };
 
@@ -115,9 +139,10 @@ struct Kernels {
 
   void (*norm)(const NormRowArgs&);
   void (*qk_norm_rope)(const QkNormRopeArgs&);
-  /// Into place 0..15 of a kv head's block: [head_dim, 16] and [16, head_dim].
-  void (*write_key)(const float* key, int head_dim, bool f16, int place, std::byte* block);
-  void (*write_value)(const float* value, int head_dim, bool f16, int place, std::byte* block);
+  /// Into place 0..15 of a kv head's block, laid out as AttentionTileArgs says. q8_0, of 32 values: scale = the least float16 that is not below
+  /// max |x| / 127, q = round to nearest even of x * (1 / scale); so a value is off by at most scale / 2. Zeros have scale 0.
+  void (*write_key)(const float* key, int head_dim, KvType, int place, std::byte* block);
+  void (*write_value)(const float* value, int head_dim, KvType, int place, std::byte* block);
   void (*attention_tile)(const AttentionTileArgs&);
   /// total = total and partial together; a partial result without keys changes nothing.
   void (*attention_combine)(float* total, const float* partial, int head_dim);

@@ -13,7 +13,7 @@ void CpuBackend::qk_norm_rope_cache(const QkNormRopeCacheArgs& args) {
   CpuKv& kv = static_cast<CpuKv&>(args.kv);
   const HeadShape& s = args.shape;
   const int D = s.head_dim;
-  const bool f16 = kv.shape.type == KvType::F16;
+  const KvType type = kv.shape.type;
   each_row(batch_->tokens, args.qkv.cols, [&](int t) {
     const float* qkv = row(args.qkv, t);
     const float* rope = batch_->rope_cos_sin.data() + static_cast<size_t>(t) * static_cast<size_t>(args.rotary_dim);
@@ -25,8 +25,8 @@ void CpuBackend::qk_norm_rope_cache(const QkNormRopeCacheArgs& args) {
     head.out = key;
     for (int h = 0; h < s.kv_heads; ++h, head.in += D) {
       kernels_.qk_norm_rope(head);
-      kernels_.write_key(key, D, f16, place, kv.keys.host() + kv.offset(args.layer, block, h));
-      kernels_.write_value(head.in + s.kv_heads * D, D, f16, place, kv.values.host() + kv.offset(args.layer, block, h));
+      kernels_.write_key(key, D, type, place, kv.keys.host() + kv.offset(args.layer, block, h));
+      kernels_.write_value(head.in + s.kv_heads * D, D, type, place, kv.values.host() + kv.offset(args.layer, block, h));
     }
   });
 }

@@ -88,7 +88,11 @@ std::unique_ptr<Kv> MetalBackend::make_kv(const KvShape& shape) { return std::ma
 
 size_t MetalBackend::activation_bytes(int rows, int cols, std::span<const WeightType>) const { return MetalActivation::bytes(rows, cols); }
 size_t MetalBackend::routing_bytes(int rows, int top_k, int experts) const { return RoutingLayout(rows, top_k, experts).bytes; }
-size_t MetalBackend::kv_bytes(const KvShape& shape) const { return 2 * MetalKv::bytes(shape); }
+size_t MetalBackend::kv_bytes(const KvShape& shape) const {
+  if (shape.type == KvType::Q8_0)
+    throw Error(ErrorKind::Device, "kv_type q8_0 runs on the CPU only: ferrum's Metal kernels keep keys and values in f16 or f32. Choose kv_type f16 or device cpu.");
+  return 2 * MetalKv::bytes(shape);
+}
 size_t MetalBackend::scratch_bytes(const StepLimits& limits) const { return ScratchLayout(limits).bytes + StepData::bytes(limits); }
 
 void MetalBackend::reserve_scratch(const StepLimits& limits) {
