@@ -124,9 +124,9 @@ def engines_of(ferrum, arguments):
     if arguments.llama:
         from oracle import LlamaCpp
 
-        # llama.cpp's own default for an F16 cache; without flash attention it also rounds queries and probabilities to F16.
+        # llama.cpp's own default for an F16 cache, where it else also rounds queries and probabilities to F16; of Q8_0 values it wants it.
         engines["llama.cpp"] = LlamaCpp(arguments.model, context=arguments.length, kv_type=arguments.kv_type, threads=arguments.threads,
-                                        flash_attention=arguments.kv_type == "f16").logits
+                                        flash_attention=arguments.kv_type != "f32").logits
     return engines
 
 
@@ -155,7 +155,7 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=4096, help="positions compared, a multiple of --length (default 4096)")
     parser.add_argument("--length", type=int, default=256, help="tokens of one sequence (default 256)")
     parser.add_argument("--activations", choices=("int8", "float32"), default="int8", help="ferrum's activations (default int8)")
-    parser.add_argument("--kv-type", choices=("f16", "f32"), default="f16", help="KV type of ferrum and of llama.cpp (default f16)")
+    parser.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="KV type of ferrum and of llama.cpp (default f16)")
     parser.add_argument("--text", metavar="FILE", help="text to read instead of sampling one")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default 0)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine (default: the CPUs this process may use)")

@@ -6,7 +6,7 @@ import math
 import gguf
 import numpy as np
 
-KV_TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
+KV_TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 
 
 def transformers_model(path, dtype):
