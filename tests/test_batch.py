@@ -96,6 +96,7 @@ def test_other_fields_are_passed_on_and_never_take_the_place_of_a_result(llm):
 
 @pytest.mark.parametrize("row,kind,message", [
     ({"promt": "x"}, "InvalidRow", r"There is no prompt and there are no messages \(did you mean 'promt'\?\)"),
+    ({"prompt": None}, "InvalidRow", "There is no prompt and there are no messages.$"),
     ({"prompt": "x", "messages": []}, "InvalidRow", "give one of them"),
     ({"prompt": ""}, "InvalidRow", "The prompt is empty"),
     ({"prompt": 5}, "InvalidRow", "The prompt is a number"),

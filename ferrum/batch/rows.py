@@ -192,7 +192,7 @@ class Preparer:
         given = [name for name in ("prompt", "messages") if fields.get(name) is not None]
         if len(given) != 1:
             raise RowError("There is a prompt, and there are messages: give one of them." if given else
-                           f"There is no prompt and there are no messages{_meant('prompt', fields)}.")
+                           f"There is no prompt and there are no messages{_meant('prompt', (name for name in fields if name != 'prompt'))}.")
         prompt = fields[given[0]]
         if given[0] == "messages" and not (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)):
             raise RowError(f"messages is {_shown(prompt)}: expected a list of objects with role and content.")
