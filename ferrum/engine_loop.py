@@ -374,7 +374,7 @@ class EngineLoop:
         self._requests[id(request)] = request
         if request.deadline is not None:
             self._deadlines[id(request)] = request.deadline
-        flow.turn = max(self._scheduler.turn, flow.turn + 1)
+        flow.turn = max(self._scheduler.turns[next(request.sequences()).priority], flow.turn + 1)
         for sequence in request.sequences():
             sequence.turn = flow.turn
         if session is not None:

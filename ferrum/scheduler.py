@@ -12,6 +12,7 @@ A sequence starts with what the KV cache has of its tokens. Where a running one 
 from __future__ import annotations
 
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -125,7 +126,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # with KV blocks, in order
         self._waiting: list[Sequence] = []  # without, in order
         self._arrivals = count()
-        self.turn = 0  # the highest of those that have started
+        self.turns: defaultdict[int, int] = defaultdict(int)  # by priority: the highest turn of those that have started
         self.preemptions = 0
 
     @property
@@ -259,7 +260,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, *, take_over: bool) -> None:
         """Give a sequence its place in the engine: one with what is cached of it, a fork of its source's, or the source's own."""
-        self.turn = max(self.turn, sequence.turn)
+        self.turns[sequence.priority] = max(self.turns[sequence.priority], sequence.turn)
         source = sequence.source
         if source is None:
             sequence.engine_id = self._pool.new_id()

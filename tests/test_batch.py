@@ -497,3 +497,12 @@ def test_a_model_that_is_closed_stops_the_job_and_it_can_be_resumed(tmp_path):
 def test_batch_is_there_without_being_imported():
     script = "import sys, ferrum; assert 'ferrum.batch' not in sys.modules; assert callable(ferrum.batch.run)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_parameters_beside_params_are_told_once_each(llm, caplog):
+    rows = [{"prompt": "Tom", "temperature": 0.5, "max_tokens": 3, "topic": "x"}, {"prompt": "Ann", "temperature": 0.5}]
+    results = list(ferrum.batch.run(rows, llm=llm, params=GREEDY))
+    assert [result["temperature"] for result in results] == [0.5, 0.5]
+    told = sorted(record.getMessage().split(",")[0] for record in caplog.records)
+    assert told == ["line 1 has the field max_tokens", "line 1 has the field temperature"]
+    assert all('belongs inside: "params": {' in record.getMessage() for record in caplog.records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
     from ferrum.llm import LLM
 
+logger = logging.getLogger("ferrum")
+
 # What a row says to the chat template, by the names of `LLM.chat`.
 TEMPLATE_OPTIONS = ("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _PARAMS_KEPT = 256
+_PARAMS = frozenset(settings_of(SamplingParams))
 _ASKED = ("custom_id", "params", "continuations")
 _RESULT = ("custom_id", "text", "token_ids", "finish_reason", "notice", "seed", "logprobs", "prompt_logprobs", "outputs", "scores", "usage", "error")
 
@@ -127,6 +131,7 @@ class Preparer:
         self._model_name = model_name
         self._template = None if asked.template is None else _compiled(asked.template)
         self._options = dict(asked.template_options or {})
+        self._warned: set[str] = set()
         self._overridden: dict[bytes, SamplingParams] = {}  # by the params that rows give: most give the same, and checking them takes its time
 
     def prepare(self, row: Row) -> None:
@@ -153,6 +158,7 @@ class Preparer:
             prompt, options = self._own_prompt(fields, chat=False)
         else:
             prompt, options = self._prompt(fields)
+            self._warn_of_params(row)
         row.chat = options is not None
         params = self._params(fields.get("params"), row.key)
         continuations = fields.get("continuations")
@@ -161,6 +167,15 @@ class Preparer:
         if options is not None:
             return self._llm.request_chat(prompt, params, options)
         return self._llm.request(prompt, params)
+
+    def _warn_of_params(self, row: Row) -> None:
+        """Tell once of each field that would be a parameter inside "params", and is passed on as it stands."""
+        if self._asked.template is not None or self._asked.prompt_field is not None:
+            return  # rows of somebody else's making
+        for name in row.fields.keys() & _PARAMS - self._warned:
+            self._warned.add(name)
+            logger.warning("line %d has the field %s, which is passed on and changes no text. As a parameter it belongs inside: "
+                           '"params": {"%s": ...}.', row.line, name, name)
 
     def _is_openai(self, fields: dict[str, Any]) -> bool:
         """Where the job says what of a row is the prompt, no row says otherwise."""
