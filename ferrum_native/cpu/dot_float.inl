@@ -35,6 +35,7 @@ template <class W> struct FloatDot {
         F8 acc[V][R][C];
         std::memcpy(acc, partial + v, sizeof acc);
         for (int i = first + 8 * v; i < last; i += 32)
+#pragma GCC unroll 4
           for (int j = 0; j < V; ++j) {
             F8 y[C];
             for (int c = 0; c < C; ++c) y[c] = load(columns[c].values + i + 8 * j);
