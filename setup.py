@@ -21,9 +21,10 @@ from setuptools.errors import CompileError
 # Compiler flags of the files that hold one instruction set's kernels; the rest runs everywhere.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {
-    "isa_avx2.cpp": AVX2,
-    "isa_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "x86-64": {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]},
+    "arm64": {"isa_neon.cpp": [], "isa_neon_dotprod.cpp": ["-march=armv8.2-a+dotprod"], "isa_neon_i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"]},
 }
+ARCHITECTURE = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "arm64", "arm64": "arm64"}.get(platform.machine().lower())
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 COMPAT = "ferrum_native/metal_compat"
 MAC = sys.platform == "darwin"
@@ -103,7 +104,7 @@ class BuildExtension(build_ext):
                 if subprocess.run(command).returncode:
                     raise CompileError(f"{src} does not compile: {' '.join(command)}")
                 return
-            extra = INSTRUCTION_SETS.get(os.path.basename(src), [])
+            extra = INSTRUCTION_SETS.get(ARCHITECTURE, {}).get(os.path.basename(src), [])
             compile_one(obj, src, ext_suffix, cc_args, [*extra_postargs, *extra], pp_opts)
 
         if ".mm" not in compiler.src_extensions:
@@ -147,8 +148,8 @@ class BuildExtension(build_ext):
 def sources():
     """The extension's files: an instruction set's kernels only where they can run, Metal only where it is built in."""
     found = [path for folder in ("core", "models", "cpu") for path in sorted(glob(f"ferrum_native/{folder}/*.cpp"))]
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        found = [path for path in found if os.path.basename(path) not in INSTRUCTION_SETS]
+    elsewhere = {name for architecture, files in INSTRUCTION_SETS.items() if architecture != ARCHITECTURE for name in files}
+    found = [path for path in found if os.path.basename(path) not in elsewhere]
     if metal():
         found += sorted(glob("ferrum_native/metal/*.mm") + glob("ferrum_native/metal/*.cpp"))
         if not MAC:

@@ -13,7 +13,7 @@ struct DeviceOptions {
   int threads = 1;
   bool float_activations = false;
   bool profile = false;         // count time, bytes and products of every op
-  std::string instruction_set;  // of the CPU: "avx2", "scalar"; empty: the best
+  std::string instruction_set;  // of the CPU: "avx2", "neon", "scalar" and others of cpu/kernels.h; empty: the best
   std::string kernel_library;   // of Metal: path of the compiled kernels; empty: `kernel_source` is compiled
   std::string kernel_source;
   int64_t fail_at = -1;         // tests: the call of a step that fails once; -1: none

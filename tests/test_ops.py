@@ -23,6 +23,7 @@ TYPES = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in ("F32", "F16", "
 COLS = {kind: (BLOCK_OF[kind], 2 * BLOCK_OF[kind], 3 * BLOCK_OF[kind]) if kind in BLOCK_OF else (1, 31, 32, 33, 257) for kind in TYPES}
 ROWS = (1, 3, 16, 17, 33)
 COLUMNS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
+VECTORS = ("avx512", "avx2", "neon-i8mm", "neon-dotprod", "neon")  # instruction sets that some machines lack, the best first
 
 
 def make_runner(device, instruction_set, **options):
@@ -34,7 +35,7 @@ def make_runner(device, instruction_set, **options):
     except DeviceError as error:
         pytest.skip(str(error))
     except ValueError as error:
-        if instruction_set not in ("avx2", "avx512"):
+        if instruction_set not in VECTORS:
             raise
         pytest.skip(f"this machine lacks {instruction_set}: {error}")
 
@@ -64,7 +65,7 @@ class Backend:
         return got.shape == expected.shape and bool((np.abs(got - expected) <= MATMUL_TOLERANCE * size).all())
 
 
-BACKENDS = {"cpu-avx512": Backend("cpu", "avx512"), "cpu-avx2": Backend("cpu", "avx2"), "cpu-scalar": Backend("cpu", "scalar"), "metal": Backend("metal")}
+BACKENDS = {f"cpu-{name}": Backend("cpu", name) for name in (*VECTORS, "scalar")} | {"metal": Backend("metal")}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -785,10 +786,19 @@ def everything(instruction_set, activations):
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", VECTORS)
 def test_instruction_sets_give_equal_bits(instruction_set, activations):
     for index, (vectors, scalar) in enumerate(zip(everything(instruction_set, activations), everything("scalar", activations))):
         assert same_bits(vectors, scalar), f"output {index}, shape {vectors.shape}"
+
+
+def test_the_default_is_the_first_instruction_set_that_the_machine_has():
+    def named(name):
+        try:
+            return _native.OpRunner("cpu", instruction_set=name).name
+        except ValueError:
+            return None
+    assert _native.OpRunner("cpu").name == next(filter(None, map(named, (*VECTORS, "scalar"))))
 
 
 def test_f16_values_round_as_numpy_does(backend):

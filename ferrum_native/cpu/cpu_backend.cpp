@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "arm_features.h"
+
 namespace ferrum::cpu {
 namespace {
 
@@ -33,9 +35,14 @@ const Kernels& choose_kernels(const std::string& instruction_set) {
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   if (runs_avx512 && (instruction_set.empty() || instruction_set == "avx512")) return kernels_avx512;
   if (runs_avx2 && (instruction_set.empty() || instruction_set == "avx2")) return kernels_avx2;
+#elif defined(__aarch64__)
+  const ArmFeatures arm = arm_features();
+  if (arm.dotprod && arm.i8mm && (instruction_set.empty() || instruction_set == "neon-i8mm")) return kernels_neon_i8mm;
+  if (arm.dotprod && (instruction_set.empty() || instruction_set == "neon-dotprod")) return kernels_neon_dotprod;
+  if (instruction_set.empty() || instruction_set == "neon") return kernels_neon;
 #endif
   if (instruction_set.empty()) return kernels_scalar;
-  throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx512 (x86-64 with AVX-512 F, BW, DQ, VL and VNNI), avx2 (x86-64 with AVX2, FMA and F16C) or scalar.");
+  throw Error(ErrorKind::InvalidArgument, "instruction set " + instruction_set + " is unknown or not of this machine. Choose avx512 (x86-64 with AVX-512 F, BW, DQ, VL and VNNI), avx2 (x86-64 with AVX2, FMA and F16C), neon-i8mm (arm64 with FEAT_DotProd and FEAT_I8MM), neon-dotprod (arm64 with FEAT_DotProd), neon (arm64) or scalar.");
 }
 
 CpuActivation::CpuActivation(int r, int c, bool with_q8_32, bool with_q8_256) : Activation(r, c), arena(bytes(r, c, with_q8_32, with_q8_256)) {

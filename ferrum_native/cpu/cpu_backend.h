@@ -16,7 +16,7 @@ namespace ferrum::cpu {
 struct CpuOptions {
   int threads = 1;
   bool float_activations = false;  // for proof: no int8 packing anywhere
-  std::string instruction_set;     // "avx512", "avx2" or "scalar"; empty: the best this machine has
+  std::string instruction_set;     // the name of a table of kernels.h; empty: the best this machine has
 };
 
 /// The kernels to use; throws Error(InvalidArgument) for a set that is unknown or that this machine lacks.

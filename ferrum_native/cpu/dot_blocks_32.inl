@@ -176,7 +176,7 @@ template <class Block> struct Blocks32 {
 
 template <class Block> void dot_blocks_32(const DotArgs& args) { QuantizedDot<Blocks32<Block>>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 template <class Block> void dot_blocks_32(const DotArgs& args) {
   for (int r = 0; r < args.rows; ++r) {

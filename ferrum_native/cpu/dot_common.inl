@@ -19,6 +19,9 @@ inline void prefetch(const std::byte* p, size_t bytes) { __builtin_prefetch(rein
 inline F8 load_i8(const int8_t* p) {
 #if defined(FERRUM_SIMD_AVX2)
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+#elif defined(FERRUM_SIMD_NEON)
+  const int16x8_t wide = vmovl_s8(vld1_s8(p));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
 #else
   return each([=](int i) { return static_cast<float>(p[i]); });
 #endif

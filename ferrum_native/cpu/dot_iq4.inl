@@ -196,7 +196,7 @@ struct IQ4_XS {
 inline void dot_iq4_nl(const DotArgs& args) { QuantizedDot<IQ4_NL>::dot(args); }
 inline void dot_iq4_xs(const DotArgs& args) { QuantizedDot<IQ4_XS>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_iq4_nl(const DotArgs& args) { dot_blocks_32<BlockIQ4_NL>(args); }
 inline void dot_iq4_xs(const DotArgs& args) { dot_sub_blocks<BlockIQ4_XS>(args); }

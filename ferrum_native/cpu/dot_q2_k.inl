@@ -41,7 +41,7 @@ struct Q2_K {
 
 inline void dot_q2_k(const DotArgs& args) { QuantizedDot<SubBlocks<Q2_K>>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q2_k(const DotArgs& args) { dot_sub_blocks<BlockQ2_K>(args); }
 

@@ -51,7 +51,7 @@ struct Q3_K {
 
 inline void dot_q3_k(const DotArgs& args) { QuantizedDot<SubBlocks<Q3_K>>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q3_k(const DotArgs& args) { dot_sub_blocks<BlockQ3_K>(args); }
 

@@ -293,7 +293,7 @@ inline void dot_q4_k(const DotArgs& args) { QuantizedDot<Q4_K>::dot(args); }
 
 #endif
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q4_k(const DotArgs& args) {
   for (int r = 0; r < args.rows; ++r) {

@@ -36,7 +36,7 @@ struct Q5_K {
 
 inline void dot_q5_k(const DotArgs& args) { QuantizedDot<SubBlocks<Q5_K>>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q5_k(const DotArgs& args) { dot_sub_blocks<BlockQ5_K>(args); }
 

@@ -313,7 +313,7 @@ inline void dot_q6_k(const DotArgs& args) { QuantizedDot<Q6_K>::dot(args); }
 
 #endif
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q6_k(const DotArgs& args) {
   for (int r = 0; r < args.rows; ++r) {

@@ -90,7 +90,7 @@ struct Q8_0 {
 
 inline void dot_q8_0(const DotArgs& args) { QuantizedDot<Q8_0>::dot(args); }
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 inline void dot_q8_0(const DotArgs& args) {
   for (int r = 0; r < args.rows; ++r) {

@@ -211,7 +211,7 @@ template <class T> struct SubBlocks {
   }
 };
 
-#else
+#elif !defined(FERRUM_SIMD_NEON)
 
 template <class Block> void dot_sub_blocks(const DotArgs& args) {
   PlainBlock block;

@@ -1,5 +1,5 @@
-// All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 and FERRUM_SIMD_AVX512
-// where it has those.
+// All kernels, in the namespace and with the vocabulary of one instruction set: FERRUM_ISA, and FERRUM_SIMD_AVX2 and FERRUM_SIMD_AVX512,
+// or FERRUM_SIMD_NEON, FERRUM_SIMD_DOTPROD and FERRUM_SIMD_I8MM, where it has those.
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
@@ -25,6 +25,10 @@ namespace ferrum::cpu::FERRUM_ISA {
 
 #include "dot_blocks_32.inl"
 #include "dot_iq4.inl"
+
+#include "dot_neon.inl"
+#include "dot_neon_blocks_32.inl"
+#include "dot_neon_blocks_256.inl"
 
 #include "dot_float.inl"
 

@@ -122,7 +122,7 @@ struct AttentionTileArgs {
 };
 
 struct Kernels {
-  const char* name;  // "avx512", "avx2", "scalar"
+  const char* name;  // "avx512", "avx2", "neon-i8mm", "neon-dotprod", "neon", "scalar"
 
   DotKernel dot[weight_type_count];        // activations in the form of the type
   DotKernel dot_float[weight_type_count];  // float activations
@@ -163,6 +163,10 @@ extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;    // AVX2, FMA and F16C
 extern const Kernels kernels_avx512;  // those and AVX-512 F, BW, DQ, VL, VNNI
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dotprod;  // dot products of int8 (FEAT_DotProd)
+extern const Kernels kernels_neon_i8mm;     // those and products of int8 matrices (FEAT_I8MM)
 #endif
 
 }  // namespace ferrum::cpu

@@ -7,6 +7,11 @@ inline void store_i8(int8_t* q, const F8 x[4]) {
   __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2].v), _mm256_cvtps_epi32(x[3].v));
   __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   store_256(q, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
+#elif defined(FERRUM_SIMD_NEON)
+  // The conversion makes 0 of NaN.
+  auto rounded = [](float32x4_t v) { return vbslq_s32(vceqq_f32(v, v), vcvtnq_s32_f32(v), vdupq_n_s32(-128)); };
+  auto eight = [&](F8 v) { return vcombine_s16(vqmovn_s32(rounded(v.low)), vqmovn_s32(rounded(v.high))); };
+  for (int i = 0; i < 4; i += 2) vst1q_s8(q + 8 * i, vcombine_s8(vqmovn_s16(eight(x[i])), vqmovn_s16(eight(x[i + 1]))));
 #else
   for (int i = 0; i < 32; ++i) {
     float rounded = std::nearbyint(x[i / 8].v[i % 8]);
@@ -27,6 +32,14 @@ inline void store_sums_16(const int8_t* q, const int16_t* factor_32, int16_t* su
   even = _mm_mullo_epi16(even, factors);
   odd = _mm_mullo_epi16(odd, factors);
   store_256(sums, _mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd)));
+#elif defined(FERRUM_SIMD_NEON)
+  int16x8_t x[16];
+  for (int i = 0; i < 16; ++i) x[i] = vpaddlq_s8(vld1q_s8(q + 16 * i));
+  for (int n = 8; n > 1; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = vpaddq_s16(x[2 * i], x[2 * i + 1]);
+  const int16x8_t factors = vld1q_s16(factor_32);
+  vst1q_s16(sums, vmulq_s16(x[0], vzip1q_s16(factors, factors)));
+  vst1q_s16(sums + 8, vmulq_s16(x[1], vzip2q_s16(factors, factors)));
 #else
   for (int i = 0; i < 16; ++i) {
     int sum = 0;

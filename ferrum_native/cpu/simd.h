@@ -1,6 +1,6 @@
-// The SIMD vocabulary of the CPU backend: eight float lanes, with AVX2+FMA+F16C and with plain C++ below the same names.
-// Included by the isa_*.cpp files only, inside their own instruction set's flags. Both versions round alike, lane by lane,
-// so that every kernel written with this vocabulary gives the same bits on both.
+// The SIMD vocabulary of the CPU backend: eight float lanes, with AVX2+FMA+F16C, NEON and plain C++ below the same names.
+// Included by the isa_*.cpp files only, inside their own instruction set's flags. All versions round alike, lane by lane,
+// so that every kernel written with this vocabulary gives the same bits on all.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,6 +15,8 @@
 #pragma GCC diagnostic pop
 #elif defined(FERRUM_SIMD_AVX2)
 #include <immintrin.h>
+#elif defined(FERRUM_SIMD_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace ferrum::cpu::FERRUM_ISA {
@@ -105,6 +107,10 @@ inline double reduce_add(D4 a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
 }
+
+#elif defined(FERRUM_SIMD_NEON)
+
+#include "simd_neon.inl"
 
 #else
 
