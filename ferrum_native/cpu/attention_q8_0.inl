@@ -48,7 +48,9 @@ inline void add_pairs(WideSums& sums, const WidePairs& x, const int16_t* y) {
   for (int i = 0; i < 16; ++i) sums.v[i] += x.v[2 * i] * y[0] + x.v[2 * i + 1] * y[1];
 }
 inline Wide to_floats(const WideSums& x) {
-  return {each([&](int i) { return static_cast<float>(x.v[i]); }), each([&](int i) { return static_cast<float>(x.v[8 + i]); })};
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(x.v[i]);
+  return {load(values), load(values + 8)};
 }
 inline void store_i16(int16_t* out, Wide x) {
   float all[16];
