@@ -63,7 +63,8 @@ inline void arrange(const int8x16_t rows[8], Weights8x16& out) {
 }
 
 /// The products of 16 `Count` weights of eight rows with C columns: lane r of sums[c][h] is row 4 h + r.
-template <int Count, int C> [[gnu::always_inline]] inline void tile_products(const Weights8x16* w, const int8_t* const* y, int offset, int32x4_t (*sums)[2]) {
+template <int Count, int C> [[gnu::always_inline]]
+inline void tile_products(const Weights8x16* w, const int8_t* const* y, int offset, int32x4_t (*sums)[2]) {
   constexpr int pairs = (C + 1) / 2;
   int32x4_t sum[pairs][4];  // of two columns and two rows: row 2 p with both columns, row 2 p + 1 with both
   for (auto& of_columns : sum)
@@ -114,7 +115,8 @@ template <int N, int C> [[gnu::always_inline]] inline void add_quad(const Weight
 }
 
 /// The products of 16 `Count` weights of eight rows with C columns: lane r of sums[c][h] is row 4 h + r.
-template <int Count, int C> [[gnu::always_inline]] inline void tile_products(const Weights8x16* w, const int8_t* const* y, int offset, int32x4_t (*sums)[2]) {
+template <int Count, int C> [[gnu::always_inline]]
+inline void tile_products(const Weights8x16* w, const int8_t* const* y, int offset, int32x4_t (*sums)[2]) {
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) sums[c][0] = sums[c][1] = vdupq_n_s32(0);
 #pragma GCC unroll 2
@@ -139,7 +141,7 @@ template <int Count, int C> [[gnu::always_inline]] inline void tile_products(con
 ///   Unpacked, unpack(Rows4 of rows 0..3, of rows 4..7, position in k, weights in this step, Unpacked&): up to 256 weights of eight rows,
 ///   tile<C>(Unpacked, position in k, weights in this step, columns, sums): adds to the 8 sums of C = 1..4 columns.
 template <class Q> struct NeonDot {
-  static constexpr int most_columns = 4;
+  static constexpr int most_columns = 4;  // in registers; by the count of instructions, eight unpacked rows need fewer from here on
 
   static void rows4(const DotArgs& args, int first_column, int count, int row) {
     const int first = std::max(0, std::min(row, args.rows - 4));  // the last group overlaps the one before it: the same bits again

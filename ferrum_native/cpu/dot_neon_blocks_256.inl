@@ -42,7 +42,8 @@ template <> struct Fields256<BlockQ4_K> {
   /// Six bits each, as in the comment of BlockQ4_K. Lanes: scales 0..3, scales 4..7, minima 0..3, minima 4..7.
   static inline Head256 head(const std::byte* block) {
     const uint8x16_t x = load_bytes(block);  // d, dmin, scales
-    const uint8x16_t low_at = {4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15}, upper_at = {255, 255, 255, 255, 4, 5, 6, 7, 255, 255, 255, 255, 8, 9, 10, 11};
+    const uint8x16_t low_at = {4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
+    const uint8x16_t upper_at = {255, 255, 255, 255, 4, 5, 6, 7, 255, 255, 255, 255, 8, 9, 10, 11};  // 255: no byte, 0
     const int8x16_t shift = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -4, -4, -4, -4};
     const uint8x16_t mask = {63, 63, 63, 63, 15, 15, 15, 15, 63, 63, 63, 63, 15, 15, 15, 15};
     const uint8x16_t low = vandq_u8(vshlq_u8(vqtbl1q_u8(x, low_at), shift), mask);
@@ -117,8 +118,10 @@ template <> struct Fields256<BlockQ3_K> {
 
   static inline Head256 head(const std::byte* block) {
     const uint8x16_t x = load_bytes(block + sizeof(BlockQ3_K) - 16);  // two bytes of q, twelve of scales, d: no byte behind the block
-    const uint8x16_t low_at = {2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9}, upper_at = {10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13};
-    const int8x16_t low_shift = {0, 0, 0, 0, 0, 0, 0, 0, -4, -4, -4, -4, -4, -4, -4, -4}, upper_shift = {4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0, -2, -2, -2, -2};
+    const uint8x16_t low_at = {2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9};
+    const uint8x16_t upper_at = {10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13};
+    const int8x16_t low_shift = {0, 0, 0, 0, 0, 0, 0, 0, -4, -4, -4, -4, -4, -4, -4, -4};
+    const int8x16_t upper_shift = {4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0, -2, -2, -2, -2};
     const uint8x16_t low = vandq_u8(vshlq_u8(vqtbl1q_u8(x, low_at), low_shift), vdupq_n_u8(15));
     const uint8x16_t upper = vandq_u8(vshlq_u8(vqtbl1q_u8(x, upper_at), upper_shift), vdupq_n_u8(48));
     const int8x16_t scale = vsubq_s8(as_signed(vorrq_u8(low, upper)), vdupq_n_s8(32));
@@ -165,7 +168,8 @@ template <class Block> struct NeonBlocks256 {
   static constexpr int parts = 2 / vectors;                 // eight sub-blocks each, or all
   static constexpr bool min_too = has_min<Block>;
 
-  static inline float32x4_t add_block(float32x4_t acc, float d_y, float32x4_t d, [[maybe_unused]] float32x4_t dmin, int32x4_t isum, [[maybe_unused]] int32x4_t msum) {
+  static inline float32x4_t add_block(float32x4_t acc, float d_y, float32x4_t d, [[maybe_unused]] float32x4_t dmin, int32x4_t isum,
+                                      [[maybe_unused]] int32x4_t msum) {
     const float32x4_t sum = vcvtq_f32_s32(isum);
     if constexpr (min_too)
       return vfmaq_f32(acc, vdupq_n_f32(d_y), vfmaq_f32(vnegq_f32(vmulq_f32(dmin, vcvtq_f32_s32(msum))), d, sum));
@@ -192,7 +196,8 @@ template <class Block> struct NeonBlocks256 {
       for (int s = 0; s < 4; ++s) {
         sub[s] = vdupq_n_s32(0);
 #pragma GCC unroll 2
-        for (int n = vectors * (4 * part + s); n < vectors * (4 * part + s + 1); ++n) sub[s] = add_products(sub[s], q[n], vld1q_s8(y + 128 * Half + 16 * n));
+        for (int n = vectors * (4 * part + s); n < vectors * (4 * part + s + 1); ++n)
+          sub[s] = add_products(sub[s], q[n], vld1q_s8(y + 128 * Half + 16 * n));
       }
       isum = vmlaq_s32(isum, sum_lanes(sub), scales[parts * Half + part]);
     }
@@ -207,7 +212,8 @@ template <class Block> struct NeonBlocks256 {
       int32x4_t isum[C][4], msum[C][4];  // lanes are some of a row's sub-blocks
 #pragma GCC unroll 1
       for (int r = 0; r < 4; ++r) {
-        prefetch_lines(rows.row[0], 4 * (rows.stride + at) + tuning::prefetch_bytes + static_cast<size_t>(r * block_bytes), block_bytes);
+        const size_t ahead = 4 * (rows.stride + at) + tuning::prefetch_bytes;
+        prefetch_lines(rows.row[0], ahead + static_cast<size_t>(r * block_bytes), block_bytes);
         const std::byte* block = rows.row[r] + at;
         const Head256 head = Fields::head(block);
         int32x4_t scales[C][2 * parts];
@@ -219,10 +225,14 @@ template <class Block> struct NeonBlocks256 {
           msum[c][r] = vdupq_n_s32(0);
 #pragma GCC unroll 2
           for (int part = 0; part < parts; ++part) {
-            const int16x8_t scaled = vmulq_s16(head.scale[part], parts == 1 ? factors : part ? vzip2q_s16(factors, factors) : vzip1q_s16(factors, factors));
+            const int16x8_t factor = parts == 1 ? factors : part ? vzip2q_s16(factors, factors) : vzip1q_s16(factors, factors);
+            const int16x8_t scaled = vmulq_s16(head.scale[part], factor);
             scales[c][2 * part] = vmovl_s16(vget_low_s16(scaled));
             scales[c][2 * part + 1] = vmovl_high_s16(scaled);
-            if constexpr (min_too) msum[c][r] = vmlal_high_s16(vmlal_s16(msum[c][r], vget_low_s16(head.min[part]), vget_low_s16(sums[part])), head.min[part], sums[part]);
+            if constexpr (min_too) {
+              msum[c][r] = vmlal_s16(msum[c][r], vget_low_s16(head.min[part]), vget_low_s16(sums[part]));
+              msum[c][r] = vmlal_high_s16(msum[c][r], head.min[part], sums[part]);
+            }
           }
           isum[c][r] = vdupq_n_s32(0);
         }

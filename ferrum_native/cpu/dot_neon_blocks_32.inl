@@ -41,7 +41,8 @@ template <class Block> struct NeonBlocks32 {
   static constexpr bool has_min = Fields32<Block>::has_min;
   static constexpr int block_weights = 32, block_bytes = sizeof(Block);
 
-  static inline float32x4_t add_block(float32x4_t acc, float d_y, float32x4_t d, [[maybe_unused]] float32x4_t m, int32x4_t isum, [[maybe_unused]] float y_sum) {
+  static inline float32x4_t add_block(float32x4_t acc, float d_y, float32x4_t d, [[maybe_unused]] float32x4_t m, int32x4_t isum,
+                                      [[maybe_unused]] float y_sum) {
     const float32x4_t sum = vcvtq_f32_s32(isum);
     if constexpr (has_min)
       return vfmaq_f32(acc, vdupq_n_f32(d_y), vfmaq_f32(vmulq_f32(m, vdupq_n_f32(y_sum)), d, sum));
@@ -75,7 +76,10 @@ template <class Block> struct NeonBlocks32 {
         }
       }
       const float32x4_t d = load_f16_of_rows(rows, at + offsetof(Block, d)), m = load_m(rows, at);
-      for (int c = 0; c < C; ++c) acc[c] = add_block(acc[c], columns[c].scale_32[i / 32], d, m, sum_lanes(sum[c]), has_min ? sum_of_32(columns[c].q8_32 + i) : 0);
+      for (int c = 0; c < C; ++c) {
+        const float y_sum = has_min ? sum_of_32(columns[c].q8_32 + i) : 0;
+        acc[c] = add_block(acc[c], columns[c].scale_32[i / 32], d, m, sum_lanes(sum[c]), y_sum);
+      }
     }
     for (int c = 0; c < C; ++c) products[c] = acc[c];
   }
