@@ -115,7 +115,6 @@ template <class Block> struct NeonBlocks32 {
       y[c] = columns[c].q8_32 + i;
       for (int h = 0; h < 2; ++h) acc[c][h] = vld1q_f32(sums[c] + 4 * h);
     }
-#pragma GCC unroll 1
     for (int b = 0; b < n / 32; ++b) {
       int32x4_t isum[C][2];
       tile_products<2, C>(w.q + 2 * b, y, 32 * b, isum);
