@@ -70,7 +70,7 @@ class AsyncLLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, timeout: float | None = None,
         prefill_progress: Progress | None = None,
     ) -> AsyncStream:
-        """As `LLM.stream`: iterate it by `async for`."""
+        """As `LLM.stream`: iterate it by `async for`. A text is tokenized here, on the event loop; token ids are not."""
         prepared = self.llm._prepared(prompt, checked_params(sampling_params))
         return AsyncStream(self, self.llm._streamed(prepared, checked_terms(priority, timeout), prefill_progress), prefill_progress)
 

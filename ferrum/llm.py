@@ -266,8 +266,8 @@ class LLM:
     def as_completed(self, requests: Iterable[Request | Scoring]) -> Generator[Request | Scoring, None, None]:
         """Run requests, any number of them together, and give each as it ends; one that failed has its exception in `error`.
 
-        The iterable is asked for the next one whenever the queue has room, so it may be endless. However the iterator is left, no
-        request goes on.
+        The iterable is asked for the next one whenever the queue has room, so it may be endless; while it
+        makes one, results wait. However the iterator is left, no request goes on.
         """
         return self._loop.run(requests)
 
