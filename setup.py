@@ -168,7 +168,7 @@ def flags():
     if os.environ.get("FERRUM_WERROR") == "1":
         compile_flags.append("-Werror")
     if os.environ.get("FERRUM_SANITIZE") == "1":
-        compile_flags += SANITIZE + ["-O1", "-g"]
+        compile_flags += SANITIZE + ["-O1", "-g1"]
         link_flags += SANITIZE
     return {"extra_compile_args": compile_flags, "extra_link_args": link_flags, "define_macros": macros}
 
