@@ -110,6 +110,7 @@ class BenchReport:
     """All figures of a benchmark. None where the system does not say, or nothing was asked.
 
     `first_token_s`: from the start of a process to the first token of an 8-token prompt, its file in the page cache.
+    `rss_file_huge_bytes`: what of `rss_file_bytes` is mapped in huge pages, from which weights are read faster.
     `ids_ok`: every sequence of a batch generated the ids that it gives alone (devices other than the CPU do not promise
     that). `profile`: as of `Engine.profile`, of an engine of its own: the prompts and batched decode of the largest batch
     size, and single decode where 1 is one of them.
@@ -122,6 +123,7 @@ class BenchReport:
     first_token_s: float
     peak_rss_bytes: int
     rss_file_bytes: int | None
+    rss_file_huge_bytes: int | None
     rss_anon_bytes: int | None
     memory_bandwidth_gb_s: float
     runs: list[BatchReport]
@@ -267,17 +269,21 @@ def _batch_report(llm: LLM, params: BenchParams, batch: int, rounds: _Rounds, ba
 
 
 def _memory() -> dict[str, int | None]:
-    """Resident memory of this process: its peak so far, and now that of files and its own, in bytes."""
+    """Resident memory of this process: its peak so far, and now that of files, of these what lies in huge pages, and its own, in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    now: dict[str, int] = {}
+    now = _proc_bytes("status") | _proc_bytes("smaps_rollup")
+    return {"peak_rss_bytes": peak, "rss_file_bytes": now.get("RssFile"), "rss_file_huge_bytes": now.get("FilePmdMapped"), "rss_anon_bytes": now.get("RssAnon")}
+
+
+def _proc_bytes(name: str) -> dict[str, int]:
+    """The lines `key: N kB` of a file of /proc/self; none where the system has no such file."""
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-            now = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
+        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as lines:
+            return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB\n")}
     except OSError:
-        pass
-    return {"peak_rss_bytes": peak, "rss_file_bytes": now.get("RssFile"), "rss_anon_bytes": now.get("RssAnon")}
+        return {}
 
 
 def _first_token_s(resolved: Resolved, prompt: list[int], runs: int) -> float:

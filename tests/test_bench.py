@@ -20,7 +20,7 @@ from ferrum.step_bytes import decode_step_bytes, distinct_experts
 from ferrum.timed_runs import alone, decode, keeping, random_prompts, read_prompts
 
 SMALL = ["--prompt-tokens", "20", "--gen-tokens", "5", "--repeat", "1", "--threads", "1"]
-KEYS = ["model", "device", "threads", "load_s", "first_token_s", "peak_rss_bytes", "rss_file_bytes", "rss_anon_bytes", "memory_bandwidth_gb_s",
+KEYS = ["model", "device", "threads", "load_s", "first_token_s", "peak_rss_bytes", "rss_file_bytes", "rss_file_huge_bytes", "rss_anon_bytes", "memory_bandwidth_gb_s",
         "runs", "ids_ok", "profile"]
 
 

@@ -84,8 +84,22 @@ def _about(report: BenchReport) -> list[tuple[str, str]]:
         ("runs on", report.device),
         ("start", f"loaded in {report.load_s:.2f} s; first token {report.first_token_s:.2f} s after the start of a process"),
         ("memory", f"{''.join(parts)}peak {size(report.peak_rss_bytes)}"),
+        *([] if report.rss_file_huge_bytes is None else [("pages", f"{_huge_share(report):.0%} of those of files are huge")]),
         ("bandwidth", f"{report.memory_bandwidth_gb_s:.1f} GB/s, measured between the rounds"),
     ]
+
+
+_SMALL_PAGES = ("The model file is cached in small pages, which costs decode about a tenth. Forget them\n"
+                "(dd of=MODEL.gguf oflag=nocache conv=notrunc,fdatasync count=0) to read it anew.\n")
+
+
+def _huge_share(report: BenchReport) -> float:
+    return (report.rss_file_huge_bytes or 0) / max(report.rss_file_bytes or 0, 1)
+
+
+def _pages_are_small(report: BenchReport) -> bool:
+    """Whether that matters: a small model is read from the processor's cache."""
+    return report.rss_file_huge_bytes is not None and (report.rss_file_bytes or 0) > 1 << 30 and _huge_share(report) < 0.9
 
 
 _TITLES = f"{'batch':>5}  {'prefill':>7} {'':<13}{'decode':>8} {'':<13}{'bound':>7}{'reached':>8}{'GB/s':>6}{'experts':>8}"
@@ -122,4 +136,4 @@ def _legend(report: BenchReport) -> str:
                None: "Ids were not compared with single runs: only the CPU promises equal ones."}[report.ids_ok]
     return ("bound: decode if a step read its bytes at the bandwidth, and took no time else.\n"
             "GB/s: the bytes that decode read; experts: of a layer, expected in a step.\n"
-            f"{checked}")
+            f"{_SMALL_PAGES if _pages_are_small(report) else ''}{checked}")
