@@ -1,4 +1,4 @@
-// Attention of some queries of one kv head over a range of keys, block by block.
+// Attention of some queries of one kv head over a range of keys, some blocks at a time.
 
 void write_key(const float* key, int head_dim, KvType type, int place, std::byte* block) {
   switch (type) {
@@ -15,13 +15,24 @@ void write_value(const float* value, int head_dim, KvType type, int place, std::
   }
 }
 
-/// Brings the keys and values of a block near: the blocks of a sequence lie anywhere, so that the processor cannot guess the next one.
-inline void prefetch_block(const AttentionTileArgs& a, int32_t block) {
-  const size_t at = static_cast<size_t>(block) * a.block_bytes, bytes = 16 * kv_row_bytes(a.kv_type, a.head_dim);
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(a.keys + at + line), __builtin_prefetch(a.values + at + line);
+/// The blocks that begin at key `begin`, and those after them: the blocks of a sequence lie anywhere, so that the processor cannot guess them.
+template <class Element> inline Blocks<Element> blocks_at(const AttentionTileArgs& a, int begin) {
+  constexpr int count = blocks_together<Element>;
+  const int last = (a.key_end - 1) / 16;
+  auto offset = [&](int block) { return static_cast<size_t>(a.blocks[block < last ? block : last]) * a.block_bytes; };
+  Blocks<Element> out;
+  for (int b = 0; b < count; ++b) {
+    const size_t here = offset(begin / 16 + b), next = offset(begin / 16 + count + b);
+    out.keys[b] = reinterpret_cast<const Element*>(a.keys + here);
+    out.values[b] = reinterpret_cast<const Element*>(a.values + here);
+    out.next_keys[b] = a.keys + next;
+    out.next_values[b] = a.values + next;
+  }
+  return out;
 }
 
 template <class Element> void attention_tile_of(const AttentionTileArgs& a) {
+  constexpr int together = 16 * blocks_together<Element>;
   const int rows = a.queries * a.group;
   auto row_at = [&](int r) { return attention_row(a, r, static_cast<const Element*>(nullptr)); };
   for (int r = 0; r < rows; ++r) {
@@ -30,20 +41,20 @@ template <class Element> void attention_tile_of(const AttentionTileArgs& a) {
     state[a.head_dim] = -INFINITY;
     state[a.head_dim + 1] = 0;
   }
-  for (int begin = a.key_begin; begin < a.key_end; begin += 16) {
-    const auto block = static_cast<size_t>(a.blocks[begin / 16]) * a.block_bytes;
-    const auto *keys = reinterpret_cast<const Element*>(a.keys + block), *values = reinterpret_cast<const Element*>(a.values + block);
-    if (begin + 16 < a.key_end) prefetch_block(a, a.blocks[begin / 16 + 1]);
-    // The heads of a query see the same keys; from the first query that sees the whole block on, all rows do.
+  for (int begin = a.key_begin; begin < a.key_end; begin += together) {
+    const Blocks<Element> blocks = blocks_at<Element>(a, begin);
+    bool ahead = begin + together < a.key_end;  // until some rows did it for all
+    // The heads of a query see the same keys; from the first query that sees all of these on, all rows do.
     for (int r = 0; r < rows;) {
-      const int seen = a.first_position + r / a.group - begin + 1, visible = seen < 16 ? seen : 16;
-      const int alike = visible < 16 ? a.group - r % a.group : rows - r;
+      const int seen = a.first_position + r / a.group - begin + 1, visible = seen < together ? seen : together;
+      const int alike = visible < together ? a.group - r % a.group : rows - r;
       const int count = visible <= 0 ? 0 : alike >= most_attention_rows ? most_attention_rows : alike >= 4 ? 4 : 1;
       decltype(row_at(0)) some[most_attention_rows];
       for (int i = 0; i < count; ++i) some[i] = row_at(r + i);
-      if (count == most_attention_rows) add_block<most_attention_rows>(a, some, keys, values, visible);
-      else if (count == 4) add_block<4>(a, some, keys, values, visible);
-      else if (count == 1) add_block<1>(a, some, keys, values, visible);
+      if (count == most_attention_rows) ahead ? add_blocks<true, most_attention_rows>(a, some, blocks, visible) : add_blocks<false, most_attention_rows>(a, some, blocks, visible);
+      else if (count == 4) ahead ? add_blocks<true, 4>(a, some, blocks, visible) : add_blocks<false, 4>(a, some, blocks, visible);
+      else if (count == 1) ahead ? add_blocks<true, 1>(a, some, blocks, visible) : add_blocks<false, 1>(a, some, blocks, visible);
+      ahead &= count == 0;
       r += count ? count : alike;
     }
   }

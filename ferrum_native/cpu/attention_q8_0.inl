@@ -178,10 +178,17 @@ template <int Rows> inline void add_values(const PackedAttentionRow* rows, const
   }
 }
 
-template <int Rows> inline void add_block(const AttentionTileArgs& a, const PackedAttentionRow* rows, const KvGroupQ8_0* keys, const KvGroupQ8_0* values, int visible) {
+template <> inline constexpr int blocks_together<KvGroupQ8_0> = 1;
+
+template <bool Ahead, int Rows> inline void add_blocks(const AttentionTileArgs& a, const PackedAttentionRow* rows, const Blocks<KvGroupQ8_0>& at, int visible) {
+  if constexpr (Ahead)
+    for (int g = 0; g < a.head_dim / kv_group; ++g) {
+      prefetch_lines<sizeof(KvGroupQ8_0)>(at.next_keys[0], static_cast<size_t>(g) * sizeof(KvGroupQ8_0));
+      prefetch_lines<sizeof(KvGroupQ8_0)>(at.next_values[0], static_cast<size_t>(g) * sizeof(KvGroupQ8_0));
+    }
   Wide scores[Rows];
   RelativeWeights<Rows> weights;
-  block_scores<Rows>(rows, keys, a.head_dim, scores);
+  block_scores<Rows>(rows, at.keys[0], a.head_dim, scores);
   relative_weights<Rows>(a, rows, scores, visible, weights);
-  add_values<Rows>(rows, weights, values, a.head_dim, visible);
+  add_values<Rows>(rows, weights, at.values[0], a.head_dim, visible);
 }

@@ -92,12 +92,13 @@ struct KvGroupQ8_0 {
 };
 static_assert(sizeof(KvGroupQ8_0) == 16 * (kv_group + 2));
 
-/// The part of one key range in the softmax of some queries of one kv head: online softmax over blocks of 16 keys in rising order.
+/// The part of one key range in the softmax of some queries of one kv head: online softmax over groups of keys in rising order.
 ///
-/// Of each query head alone, in float32, with blocks in rising order; M is the largest score so far, keep what earlier sums are multiplied with:
-///   f16, f32:  score = scale * (q . k), one fma chain over the dimensions; p = exp(score - M), keep = exp(earlier M - M);
-///              value_d = value_d * keep, then fma(p, v_d, value_d) for each visible key in rising order.
-///   q8_0:      q is rounded to q_16 * q_scale per group g, where q_scale = max |q| / 32767; sums of products of integers are exact in int32:
+/// Of each query head alone, in float32, with groups in rising order; M is the largest score so far, keep what earlier sums are multiplied with:
+///   f16, f32:  64 keys at a time: score = scale * (q . k), one fma chain over the dimensions; p = exp(score - M), keep = exp(earlier M - M);
+///              value_d = value_d * keep, then fma(p, v_d, value_d) for each visible key in rising order;
+///              sum = fma(sum, keep, sum of p), of which lane i first adds the keys i, 16 + i, 32 + i, 48 + i.
+///   q8_0:      16 keys at a time: q is rounded to q_16 * q_scale per group g, where q_scale = max |q| / 32767; sums of products of integers are exact in int32:
 ///              score = scale * s, s = fma(scale_k * q_scale, float(q_16 . k), s) for each g, rising;
 ///              p = exp(score - m), m the block's largest score; take = exp(m - M), keep = exp(earlier M - M);
 ///              with S = max scale_v of the visible keys of g and w = round(p * (scale_v * (32767 / S))), 0 of keys that are not visible,
@@ -115,7 +116,7 @@ struct AttentionTileArgs {
   const std::byte* values;    // [16, head_dim] or KvGroupQ8_0 [head_dim / 32]
   size_t block_bytes;         // from block to block
   const int32_t* blocks;      // block of each 16 positions
-  int key_begin, key_end;     // absolute positions; key_begin is a multiple of 16
+  int key_begin, key_end;     // absolute positions; key_begin is a multiple of 64
   int16_t* q_16;              // of q8_0: this thread's own [queries * group, head_dim]
   float* q_scale;             // and [queries * group, head_dim / 32]
   float* partial;             // out [queries * group, head_dim + 2]: weighted values, largest score, sum of weights

@@ -293,9 +293,11 @@ inline Wide wide_load_f16(const uint16_t* p) { return {load_f16(p), load_f16(p +
 inline void store(float* p, Wide x) { store(p, x.low), store(p + 8, x.high); }
 inline F8 low_half(Wide x) { return x.low; }
 inline F8 high_half(Wide x) { return x.high; }
+inline Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
 inline Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
 inline Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+inline Wide max(Wide a, Wide b) { return {max(a.low, b.low), max(a.high, b.high)}; }
 /// The first n lanes, the others `rest`.
 inline Wide first_lanes(Wide x, int n, float rest) {
   float lanes_of_x[16];
