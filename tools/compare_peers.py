@@ -34,12 +34,12 @@ def resident_mib():
 class Ferrum:
     """`Engine` with its defaults; like the peers' classes: prompt(tokens), start(prompts), step(tokens), each one computed when it returns."""
 
-    def __init__(self, path, threads, sequence_tokens, batch_tokens):
+    def __init__(self, path, threads, sequence_tokens, batch_tokens, instruction_set):
         from ferrum.gguf_file import GGUFFile
         from ferrum_native._native import Engine
 
         kv_tokens = max(sequence_tokens, SLOTS * (batch_tokens + 16))
-        self.engine = Engine(GGUFFile.open(path), threads=threads, kv_tokens=kv_tokens, max_sequences=SLOTS)
+        self.engine = Engine(GGUFFile.open(path), threads=threads, kv_tokens=kv_tokens, max_sequences=SLOTS, instruction_set=instruction_set)
 
     def prompt(self, tokens):
         self.engine.reset()
@@ -59,7 +59,7 @@ class LlamaCpp:
 
     repack = True
 
-    def __init__(self, path, threads, sequence_tokens, batch_tokens):
+    def __init__(self, path, threads, sequence_tokens, batch_tokens, _instruction_set):
         import llama_cpp
 
         self.api = api = llama_cpp
@@ -125,7 +125,7 @@ def serve(arguments):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)  # a peer that prints does not disturb the answers
-    engine = ENGINES[arguments.serve](arguments.model, arguments.threads, arguments.sequence_tokens, arguments.batch_tokens)
+    engine = ENGINES[arguments.serve](arguments.model, arguments.threads, arguments.sequence_tokens, arguments.batch_tokens, arguments.instruction_set)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         command, given = json.loads(line)
@@ -148,6 +148,7 @@ class Worker:
     def __init__(self, name, arguments):
         command = [sys.executable, os.path.abspath(__file__), arguments.model, "--serve", name, "--threads", str(arguments.threads)]
         command += ["--sequence-tokens", str(arguments.sequence_tokens), "--batch-tokens", str(arguments.batch_tokens)]
+        command += ["--instruction-set", arguments.instruction_set] if arguments.instruction_set else []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.name = name
         self.answer()
@@ -273,6 +274,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine (the CPUs of this process)")
     parser.add_argument("--ik", metavar="BUILD", help="a build folder of ik_llama.cpp")
+    parser.add_argument("--instruction-set", help="of ferrum's kernels, such as avx2 beside peers that were built for it (the best of this machine)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--sequence-tokens", type=int, help=argparse.SUPPRESS)
