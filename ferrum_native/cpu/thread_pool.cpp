@@ -58,27 +58,44 @@ void ThreadPool::dispatch(int tasks, Call call, void* function) {
   call_ = call;
   function_ = function;
   unfinished_.store(tasks, std::memory_order_relaxed);
-  claims_.store(static_cast<uint64_t>(tasks) << 32, std::memory_order_release);
+  const auto share = [&](size_t thread) { return static_cast<uint64_t>(tasks) * thread / ranges_.size(); };
+  for (size_t i = 0; i < ranges_.size(); ++i) ranges_[i].tasks.store(share(i) << 32 | share(i + 1), std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  claim(0);
+  do_tasks(0);
   for (int left = unfinished_.load(std::memory_order_acquire); left != 0;) left = wait_while(unfinished_, left);
 }
 
 void ThreadPool::work(int thread) {
   for (uint32_t seen = 0; !stop_;) {
     seen = wait_while(generation_, seen);
-    claim(thread);
+    do_tasks(thread);
   }
 }
 
-void ThreadPool::claim(int thread) {
-  uint64_t claims = claims_.load(std::memory_order_acquire);
-  while (static_cast<uint32_t>(claims) < claims >> 32) {
-    if (!claims_.compare_exchange_weak(claims, claims + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-    call_(function_, static_cast<int>(static_cast<uint32_t>(claims)), thread);
+void ThreadPool::do_tasks(int thread) {
+  for (int task; (task = claim(thread)) >= 0;) {
+    call_(function_, task, thread);
     if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
-    claims = claims_.load(std::memory_order_acquire);
+  }
+}
+
+int ThreadPool::claim(int thread) {
+  const auto begin_of = [](uint64_t tasks) { return static_cast<uint32_t>(tasks >> 32); };
+  const auto end_of = [](uint64_t tasks) { return static_cast<uint32_t>(tasks); };
+  std::atomic<uint64_t>& own = ranges_[static_cast<size_t>(thread)].tasks;
+  uint64_t tasks = own.load(std::memory_order_acquire);
+  while (begin_of(tasks) < end_of(tasks))
+    if (own.compare_exchange_weak(tasks, tasks + (uint64_t{1} << 32), std::memory_order_acq_rel, std::memory_order_acquire)) return static_cast<int>(begin_of(tasks));
+  for (;;) {
+    std::atomic<uint64_t>* longest = nullptr;
+    uint32_t most = 0;
+    for (Range& range : ranges_) {
+      const uint64_t left = range.tasks.load(std::memory_order_acquire);
+      if (begin_of(left) < end_of(left) && end_of(left) - begin_of(left) > most) longest = &range.tasks, most = end_of(left) - begin_of(left), tasks = left;
+    }
+    if (!longest) return -1;
+    if (longest->compare_exchange_weak(tasks, tasks - 1, std::memory_order_acq_rel, std::memory_order_acquire)) return static_cast<int>(end_of(tasks)) - 1;
   }
 }
 
