@@ -611,7 +611,7 @@ def test_experts_gate_up_equals_the_three_steps(backend, kind, hidden, width, ac
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 @pytest.mark.parametrize("kind,width,hidden", EXPERT_SHAPES)
-def test_experts_down_sums_in_the_order_of_k(backend, kind, hidden, width, activations, threads):
+def test_experts_down_is_the_weighted_sum_of_the_experts(backend, kind, hidden, width, activations, threads):
     runner = backend(threads=threads, activations=activations)
     E, K = 6, 3
     down = WeightCase(runner, kind, (E, hidden, width), 3)

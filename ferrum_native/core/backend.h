@@ -90,7 +90,7 @@ struct ExpertsDownArgs {
   const Activation& x;   // [n K, F]
   const Routing& routing;
   const Weight& down;    // [E, H, F]
-  Tensor out;            // [n, H]: weighted sum over k = 0 .. K-1 in this order
+  Tensor out;            // [n, H]: weighted sum over k, in an order that depends on the token alone
 };
 struct LogitEdit {
   int32_t row, token;

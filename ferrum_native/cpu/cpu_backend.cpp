@@ -125,7 +125,7 @@ size_t CpuBackend::kv_bytes(const KvShape& s) const {
   return 2 * static_cast<size_t>(s.layers) * static_cast<size_t>(s.blocks) * static_cast<size_t>(s.heads) * kv_block_tokens * kv_row_bytes(s.type, s.head_dim);
 }
 
-size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const {
+size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, float*& shared_products, Column*& columns) const {
   size_t total = 0;
   auto piece = [&]<class T>(T*& pointer, size_t count) {
     if (take) pointer = take->take<T>(count);
@@ -145,20 +145,21 @@ size_t CpuBackend::visit_scratch(const StepLimits& limits, Arena* take, std::vec
   }
   const auto units = static_cast<size_t>(std::min(static_cast<int64_t>(limits.sequences) * limits.heads.kv_heads, static_cast<int64_t>(units_to_split_below())));
   piece(splits, units * static_cast<size_t>((limits.context + split_keys - 1) / split_keys) * partial_floats(group, limits.heads.head_dim));
+  piece(shared_products, std::min(T, size_t{most_tokens_of_shared_products}) * static_cast<size_t>(limits.top_k) * static_cast<size_t>(limits.largest_cols));
   piece(columns, pairs);
   return total;
 }
 
 size_t CpuBackend::scratch_bytes(const StepLimits& limits) const {
   std::vector<ThreadScratch> scratch;
-  float* splits;
+  float *splits, *shared_products;
   Column* columns;
-  return visit_scratch(limits, nullptr, scratch, splits, columns);
+  return visit_scratch(limits, nullptr, scratch, splits, shared_products, columns);
 }
 
 void CpuBackend::reserve_scratch(const StepLimits& limits) {
   arena_ = std::make_unique<Arena>(scratch_bytes(limits));
-  visit_scratch(limits, arena_.get(), scratch_, split_partials_, columns_);
+  visit_scratch(limits, arena_.get(), scratch_, split_partials_, shared_products_, columns_);
   tiles_.reserve(static_cast<size_t>(limits.tokens));
   pool_.start();
   product_floats_ = limits.tokens * limits.top_k * expert_task_rows;

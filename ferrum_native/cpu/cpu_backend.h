@@ -126,6 +126,8 @@ class CpuBackend final : public Backend {
   };
   /// Fewest weight rows of one task of the experts' ops, for which a thread can keep the products of all pairs.
   static constexpr int expert_task_rows = 64;
+  /// Tokens of a step, up to which the products of all experts' down projections are kept before they are added up.
+  static constexpr int most_tokens_of_shared_products = 32;
   /// Prompt tokens that share one read of keys and values.
   static constexpr int query_tile = 8;
   /// Keys of one partial softmax; partial results are combined in order, so the bits do not depend on who computed them.
@@ -134,7 +136,7 @@ class CpuBackend final : public Backend {
   int units_to_split_below() const { return 4 * pool_.threads(); }
 
   /// Where scratch is laid out: counted with `take` null, taken otherwise.
-  size_t visit_scratch(const StepLimits&, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, Column*& columns) const;
+  size_t visit_scratch(const StepLimits&, Arena* take, std::vector<ThreadScratch>& scratch, float*& splits, float*& shared_products, Column*& columns) const;
   size_t partial_floats(int rows, int head_dim) const { return static_cast<size_t>(rows) * static_cast<size_t>(head_dim + 2); }
   /// Calls f(row) for every row, on one thread where the work is too small to share.
   template <class F> void each_row(int rows, int cols, F&& f);
@@ -155,6 +157,7 @@ class CpuBackend final : public Backend {
   std::unique_ptr<Arena> arena_;
   std::vector<ThreadScratch> scratch_;
   float* split_partials_ = nullptr;  // [units, splits] partial results of decode steps
+  float* shared_products_ = nullptr; // [min(T, most_tokens_of_shared_products) K, largest_cols]
   Column* columns_ = nullptr;        // [T K]
   int product_floats_ = 0;           // of each thread
 };

@@ -285,7 +285,87 @@ struct Q4_K16 {
   }
 };
 
-inline void dot_q4_k(const DotArgs& args) { Rows16Dot<Q4_K16, QuantizedDot<Q4_K>>::dot(args); }
+struct Q4_K4 {
+  static constexpr int block_weights = 256, block_bytes = sizeof(BlockQ4_K);
+
+  /// Sums of 32 activations, [columns][k / 32] int16.
+  static const std::byte* prepare(const DotArgs& args) {
+    auto* out = reinterpret_cast<int16_t*>(args.scratch);
+    for (int c = 0; c < args.column_count; ++c)
+      for (int i = 0; i < args.k; i += 256) _mm_store_si128(reinterpret_cast<__m128i*>(out + (c * args.k + i) / 32), Q4_K::sums_32(args.columns[c], i));
+    return args.scratch;
+  }
+
+  /// Scales and mins of the block whose first 16 bytes `head` holds for four rows: per quarter eight int16.
+  struct Head { __m512i scale, min; };
+  [[gnu::always_inline]] static inline Head unpack_head(__m512i head) {
+    // Scales and mins of sub-blocks 0..3 are the low six bits of bytes; of sub-blocks 4..7 four bits of others and the upper two bits of these.
+    const __m512i low_at = _mm512_broadcast_i32x4(_mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i upper_at = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+    const __m512i low_mask = _mm512_set1_epi64(0x0f0f0f0f3f3f3f3f), upper_two = _mm512_set1_epi8(48);
+    const __m512i bytes = _mm512_shuffle_epi8(head, low_at), upper = _mm512_srli_epi16(_mm512_shuffle_epi8(head, upper_at), 2);
+    const __m512i low = _mm512_and_si512(_mm512_mask_blend_epi8(0xf000f000f000f000, bytes, _mm512_srli_epi16(bytes, 4)), low_mask);
+    const __m512i both = _mm512_ternarylogic_epi32(low, upper, upper_two, 0xf8);  // low | (upper & upper_two)
+    return {_mm512_unpacklo_epi8(both, _mm512_setzero_si512()), _mm512_unpackhi_epi8(both, _mm512_setzero_si512())};
+  }
+
+  template <int C> static void rows4(Rows rows, int k, const Column* columns, const std::byte* sums, float* const* out) {
+    const __m512i low_nibbles = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    Prefetch prefetch(rows, 4, static_cast<size_t>(k / block_weights) * block_bytes);
+    __m512 acc[C];  // lane 0 of each quarter
+    for (__m512& x : acc) x = _mm512_setzero_ps();
+    for (int i = 0; i < k; i += 256, rows.base += block_bytes) {
+      const __m512i start = load_rows4(rows, 0);
+      const Head head = unpack_head(start);
+      const __m512 d_dmin = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), start)));
+      __m512i isum[C], msum[C], scale[C];
+      const int8_t* y[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        y[c] = columns[c].q8_256 + i;
+        isum[c] = zero;
+        msum[c] = _mm512_madd_epi16(head.min, in_quarters(sums + static_cast<size_t>((c * k + i) / 32) * sizeof(int16_t)));
+        scale[c] = _mm512_mullo_epi16(head.scale, in_quarters(columns[c].factor_32 + i / 32));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        prefetch.to_l2<block_bytes>();
+        __m512i even[C], odd[C];  // products of sub-blocks 2 j and 2 j + 1: at most 8 * 15 * 127 = 15240 in a lane
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m512i q = load_rows4(rows, static_cast<size_t>(16 + 32 * j + 16 * half));
+          const __m512i low = _mm512_and_si512(q, low_nibbles), high = _mm512_and_si512(_mm512_srli_epi16(q, 4), low_nibbles);
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) {
+            even[c] = _mm512_dpbusd_epi32(half ? even[c] : zero, low, in_quarters(y[c] + 64 * j + 16 * half));
+            odd[c] = _mm512_dpbusd_epi32(half ? odd[c] : zero, high, in_quarters(y[c] + 64 * j + 32 + 16 * half));
+          }
+        }
+        const auto byte = static_cast<char>(4 * j);
+        const __m512i pattern = _mm512_add_epi8(_mm512_set1_epi8(byte), _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3)));
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) isum[c] = _mm512_dpwssd_epi32(isum[c], _mm512_packs_epi32(even[c], odd[c]), _mm512_shuffle_epi8(scale[c], pattern));
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        __m512i pair = _mm512_add_epi32(_mm512_unpacklo_epi32(isum[c], msum[c]), _mm512_unpackhi_epi32(isum[c], msum[c]));
+        pair = _mm512_add_epi32(pair, _mm512_shuffle_epi32(pair, _MM_PERM_BADC));  // lane 0 of a quarter: isum, lane 1: msum
+        const __m512 sums_of_row = _mm512_cvtepi32_ps(pair), minus = _mm512_mul_ps(d_dmin, sums_of_row);
+        const __m512 value = _mm512_fmsub_ps(d_dmin, sums_of_row, _mm512_movehdup_ps(minus));
+        acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(columns[c].scale_256[i / 256]), value, acc[c]);
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      const __m512 results = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), acc[c]);
+      _mm_storeu_ps(out[c], _mm512_castps512_ps128(results));
+    }
+  }
+};
+
+inline void dot_q4_k(const DotArgs& args) {
+  if (args.rows >= 4 && args.column_count <= 3) return Rows4Dot<Q4_K4>::dot(args);
+  Rows16Dot<Q4_K16, QuantizedDot<Q4_K>>::dot(args);
+}
 
 #else
 

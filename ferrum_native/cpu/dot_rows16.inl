@@ -47,6 +47,39 @@ using Rows16 = Rows;  // as a parameter: sixteen of them
   }
 }
 
+/// The products of a quantized type `Q` with few columns: four rows at a time, whose 16 bytes at one place are the quarters of a register, as
+/// they lie in memory. Q gives
+///   block_bytes, block_weights,
+///   rows4<C>(Rows, k, columns, sums of activations, out): four rows and C = 1..most columns; out[c] takes four floats,
+///   prepare(columns, count, k, scratch): the sums of activations, of all columns, as rows4 wants them.
+template <class Q> struct Rows4Dot {
+  static void dot(const DotArgs& args) {
+    const std::byte* sums = Q::prepare(args);
+    Prefetch::first_group(Rows{args.weights, args.row_bytes}, 4);
+    for (int r = 0; r < args.rows; r += 4) {
+      const int first = r + 4 <= args.rows ? r : args.rows - 4;  // the last group overlaps the one before it: the same bits again
+      const Rows rows{args.weights + static_cast<size_t>(first) * args.row_bytes, args.row_bytes};
+      float* out[4];
+      for (int c = 0; c < args.column_count; ++c) out[c] = args.out[c] + first;
+      switch (args.column_count) {
+        case 1: Q::template rows4<1>(rows, args.k, args.columns, sums, out); break;
+        case 2: Q::template rows4<2>(rows, args.k, args.columns, sums, out); break;
+        case 3: Q::template rows4<3>(rows, args.k, args.columns, sums, out); break;
+        default: Q::template rows4<4>(rows, args.k, args.columns, sums, out);
+      }
+    }
+  }
+};
+
+/// Sixteen bytes of each of four rows.
+[[gnu::always_inline]] inline __m512i load_rows4(Rows rows, size_t offset) {
+  auto lane = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.row(r) + offset)); };
+  const __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(lane(0)), lane(1), 1);
+  return _mm512_inserti32x4(_mm512_inserti32x4(x, lane(2), 2), lane(3), 3);
+}
+/// Sixteen bytes in all four quarters.
+[[gnu::always_inline]] inline __m512i in_quarters(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+
 /// Byte b of each lane, unsigned.
 [[gnu::always_inline]] inline __m512i byte_of_lanes(__m512i x, int b) {
   return _mm512_and_si512(_mm512_srli_epi32(x, static_cast<unsigned>(8 * b)), _mm512_set1_epi32(255));

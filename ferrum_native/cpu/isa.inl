@@ -92,7 +92,7 @@ constexpr Kernels make_kernels(const char* name) {
       .attention_result = attention_result,
       .softmax = softmax,
       .silu_product = silu_product,
-      .weighted_sum = weighted_sum,
+      .add_weighted = add_weighted,
       .next_greater = next_greater,
       .sum_exp = sum_exp,
   };

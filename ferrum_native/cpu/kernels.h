@@ -151,8 +151,7 @@ struct Kernels {
 
   void (*softmax)(float* x, int n);
   void (*silu_product)(float* gate, const float* up, int n);  // gate = gate / (1 + exp(-gate)) * up
-  /// out[i] = sum over k of weights[k] * x[k * stride + i], k rising.
-  void (*weighted_sum)(const float* x, int stride, const float* weights, int count, int n, float* out);
+  void (*add_weighted)(const float* x, float weight, int n, float* out);  // out = fma(weight, x, out)
 
   /// First index in begin .. end - 1 whose value is above the threshold; `end` if there is none.
   int (*next_greater)(const float* x, int begin, int end, float threshold);

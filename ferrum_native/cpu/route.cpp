@@ -4,16 +4,14 @@ namespace ferrum::cpu {
 namespace {
 
 /// The K largest of E probabilities, of equal ones the lowest expert first; a NaN is never larger, so K different experts are always found.
-void select_top_k(const float* probability, int experts, int top_k, int32_t* ids, float* weights) {
-  for (int k = 0; k < top_k; ++k) {
-    int best = -1;
-    for (int e = 0; e < experts; ++e) {
-      const bool taken = std::find(ids, ids + k, e) != ids + k;
-      if (!taken && (best < 0 || probability[e] > probability[best])) best = e;
-    }
-    ids[k] = best;
-    weights[k] = probability[best];
-  }
+void select_top_k(const Kernels& kernels, const float* probability, int experts, int top_k, int32_t* ids, float* weights) {
+  auto insert = [&](int expert, int at) {
+    for (; at > 0 && probability[expert] > weights[at - 1]; --at) ids[at] = ids[at - 1], weights[at] = weights[at - 1];
+    ids[at] = expert;
+    weights[at] = probability[expert];
+  };
+  for (int e = 0; e < top_k; ++e) insert(e, e);
+  for (int e = top_k; (e = kernels.next_greater(probability, e, experts, weights[top_k - 1])) < experts; ++e) insert(e, top_k - 1);
 }
 
 void normalize(float* weights, int count) {
@@ -32,7 +30,7 @@ void CpuBackend::route(const RouteArgs& args) {
   routing.rows = args.rows;
   for (int i = 0; i < args.rows; ++i) columns_[i] = x.column(i);
   // One row of tokens per task would read the router again for each; blocks of rows of the router, as in `linear`, read it once.
-  const int block = args.rows == 1 ? E : std::max(16, E / pool_.threads() / 16 * 16), tasks = (E + block - 1) / block;
+  const int block = std::max(16, E / pool_.threads() / 16 * 16), tasks = (E + block - 1) / block;
   pool_.run(tasks, [&](int task, int thread) {
     const int first = task * block;
     float** out = scratch_[static_cast<size_t>(thread)].out;
@@ -43,7 +41,7 @@ void CpuBackend::route(const RouteArgs& args) {
   each_row(args.rows, E * K, [&](int i) {
     float* logits = routing.logits + static_cast<size_t>(i) * static_cast<size_t>(E);
     kernels_.softmax(logits, E);
-    select_top_k(logits, E, K, routing.ids + i * K, routing.weights + i * K);
+    select_top_k(kernels_, logits, E, K, routing.ids + i * K, routing.weights + i * K);
     if (args.normalize) normalize(routing.weights + i * K, K);
   });
   group_pairs(routing);

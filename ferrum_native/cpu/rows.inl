@@ -55,10 +55,7 @@ void silu_product(float* gate, const float* up, int size) {
   });
 }
 
-void weighted_sum(const float* x, int stride, const float* weights, int count, int size, float* out) {
-  each_vector(size, [&](int i, int n) {
-    F8 sum = zero();
-    for (int k = 0; k < count; ++k) sum = fma(set1(weights[k]), get(x + k * stride + i, n), sum);
-    put(out + i, sum, n);
-  });
+void add_weighted(const float* x, float weight, int size, float* out) {
+  const F8 factor = set1(weight);
+  each_vector(size, [&](int i, int n) { put(out + i, fma(factor, get(x + i, n), get(out + i, n)), n); });
 }
