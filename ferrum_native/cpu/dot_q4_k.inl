@@ -363,7 +363,7 @@ struct Q4_K4 {
 };
 
 inline void dot_q4_k(const DotArgs& args) {
-  if (args.rows >= 4 && args.column_count <= 3) return Rows4Dot<Q4_K4>::dot(args);
+  if (args.rows >= 4 && args.column_count <= Rows4Dot<Q4_K4>::most_columns) return Rows4Dot<Q4_K4>::dot(args);
   Rows16Dot<Q4_K16, QuantizedDot<Q4_K>>::dot(args);
 }
 

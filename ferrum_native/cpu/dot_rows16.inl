@@ -1,4 +1,4 @@
-// The products of AVX-512 with VNNI: the lanes of a register are 16 weight rows, for two columns and more.
+// The products of AVX-512 with VNNI: the lanes of a register are 16 weight rows, for two columns and more; or four rows, for few.
 
 #if defined(FERRUM_SIMD_AVX512)
 
@@ -48,24 +48,24 @@ using Rows16 = Rows;  // as a parameter: sixteen of them
 }
 
 /// The products of a quantized type `Q` with few columns: four rows at a time, whose 16 bytes at one place are the quarters of a register, as
-/// they lie in memory. Q gives
-///   block_bytes, block_weights,
-///   rows4<C>(Rows, k, columns, sums of activations, out): four rows and C = 1..most columns; out[c] takes four floats,
-///   prepare(columns, count, k, scratch): the sums of activations, of all columns, as rows4 wants them.
+/// they lie in memory: nothing is transposed, so each column costs more. Q gives
+///   prepare(DotArgs): sums of the activations of all columns, in its scratch,
+///   rows4<C>(Rows, k, columns, these sums, out): four rows and C columns; out[c] takes four floats.
 template <class Q> struct Rows4Dot {
+  static constexpr int most_columns = 3;
+
   static void dot(const DotArgs& args) {
     const std::byte* sums = Q::prepare(args);
     Prefetch::first_group(Rows{args.weights, args.row_bytes}, 4);
     for (int r = 0; r < args.rows; r += 4) {
       const int first = r + 4 <= args.rows ? r : args.rows - 4;  // the last group overlaps the one before it: the same bits again
       const Rows rows{args.weights + static_cast<size_t>(first) * args.row_bytes, args.row_bytes};
-      float* out[4];
+      float* out[most_columns];
       for (int c = 0; c < args.column_count; ++c) out[c] = args.out[c] + first;
       switch (args.column_count) {
         case 1: Q::template rows4<1>(rows, args.k, args.columns, sums, out); break;
         case 2: Q::template rows4<2>(rows, args.k, args.columns, sums, out); break;
-        case 3: Q::template rows4<3>(rows, args.k, args.columns, sums, out); break;
-        default: Q::template rows4<4>(rows, args.k, args.columns, sums, out);
+        default: Q::template rows4<3>(rows, args.k, args.columns, sums, out);
       }
     }
   }

@@ -44,7 +44,7 @@ void CpuBackend::experts_down(const ExpertsDownArgs& args) {
   const int H = args.out.cols, K = routing.top_k, pairs = routing.rows * K;
   for (int i = 0; i < pairs; ++i) columns_[i] = x.column(routing.pairs[i]);
 
-  // Pairs are pairs[begin] .. pairs[end - 1]; their products with some rows of the weights lie `stride` apart.
+  // Some rows of an expert times all of its pairs, pairs[begin] .. pairs[begin + count - 1], whose products lie `stride` apart.
   auto multiply = [&](int active, int first, int rows, float* products, int stride, const ThreadScratch& scratch) {
     const int expert = routing.active[active], begin = routing.start[expert], count = routing.start[expert + 1] - begin;
     for (int i = 0; i < count; ++i) scratch.out[i] = products + static_cast<size_t>(i) * static_cast<size_t>(stride);
@@ -77,7 +77,8 @@ void CpuBackend::experts_down(const ExpertsDownArgs& args) {
     });
     return;
   }
-  // A task computes some rows of all experts, so that products are added while they are in the cache.
+  // A task computes some rows of all experts, so that products are added while they are in the cache. It reads all activations: blocks are
+  // twice as long as those of other ops.
   const int block = expert_rows_per_task(H, 2, routing.rows), tasks = (H + block - 1) / block;
   pool_.run(tasks, [&](int task, int thread) {
     const ThreadScratch& scratch = scratch_[static_cast<size_t>(thread)];
