@@ -55,6 +55,7 @@ def test_json_has_every_figure_and_nothing_else(capsys):
     if sys.platform == "linux":
         assert 0 < report["rss_anon_bytes"] < report["peak_rss_bytes"]
         assert 0 < report["rss_file_bytes"] < report["peak_rss_bytes"]
+        assert 0 <= (report["rss_file_huge_bytes"] or 0) <= report["rss_file_bytes"]
     assert [(run["batch"], run["prompt_tokens"], run["gen_tokens"], run["context"]) for run in report["runs"]] == [(1, 20, 5, 20), (3, 20, 5, 20)]
     for run in report["runs"]:
         assert run["ids_ok"] and run["mismatch"] is None

@@ -51,12 +51,8 @@ void MappedFile::populate(uint64_t offset, uint64_t bytes) const {
   auto* start = const_cast<std::byte*>(data_ + first);
   const uint64_t size = offset + bytes - first;
 #if defined(__linux__)
-  constexpr int populate_read = 22, collapse = 25;  // MADV_POPULATE_READ, Linux 5.14; MADV_COLLAPSE, Linux 6.1
-  if (madvise(start, size, populate_read) == 0) {
-    madvise(start, size, collapse);  // what was cached in small pages before; not every kernel can
-    return;
-  }
-  if (errno != EINVAL) return;  // other errors are of the file: touching it would end in SIGBUS
+  constexpr int populate_read = 22;  // MADV_POPULATE_READ, Linux 5.14
+  if (madvise(start, size, populate_read) == 0 || errno != EINVAL) return;  // other errors are of the file: touching it would end in SIGBUS
 #endif
   madvise(start, size, MADV_WILLNEED);
   for (uint64_t at = 0; at < size; at += page) static_cast<void>(*static_cast<const volatile std::byte*>(start + at));
