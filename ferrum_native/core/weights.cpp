@@ -29,11 +29,6 @@ MappedFile::MappedFile(const std::string& path) {
   errno = error;
   if (data == MAP_FAILED) throw failed("map the model file into memory");
   data_ = static_cast<const std::byte*>(data);
-#if defined(__linux__)
-  // What is read from the disk from now on comes in huge pages: in half the time, and decode, which reads everything, misses the TLB less.
-  // Advice only: where the kernel knows no such pages of files, nothing changes.
-  madvise(data, bytes_, MADV_HUGEPAGE);
-#endif
 }
 
 MappedFile::~MappedFile() {
@@ -45,6 +40,12 @@ namespace {
 uint64_t page_bytes() { return static_cast<uint64_t>(sysconf(_SC_PAGESIZE)); }
 
 }  // namespace
+
+void MappedFile::advise_huge_pages() const {
+#if defined(__linux__)
+  madvise(const_cast<std::byte*>(data_), bytes_, MADV_HUGEPAGE);  // where the kernel has no such pages of files, nothing changes
+#endif
+}
 
 void MappedFile::populate(uint64_t offset, uint64_t bytes) const {
   const uint64_t page = page_bytes(), first = offset / page * page;
@@ -120,6 +121,10 @@ void Weights::map() {
       throw Error(ErrorKind::BadModelFile, description_.paths[static_cast<size_t>(tensor.file)] + ": tensor " + name +
                                                " reaches past the end of the file, which changed since it was opened. Copy it again.");
   }
+  // Of files that do not stay in memory, huge pages would read more again and again than is used.
+  const uint64_t memory = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * page_bytes();
+  if (mapped_bytes() > memory / 4 * 3) return;
+  for (const auto& file : files_) file->advise_huge_pages();
 }
 
 uint64_t Weights::mapped_bytes() const {
