@@ -110,6 +110,7 @@ class BenchReport:
     """All figures of a benchmark. None where the system does not say, or nothing was asked.
 
     `first_token_s`: from the start of a process to the first token of an 8-token prompt, its file in the page cache.
+    `product_rate_gmac_s`: as of `Engine.measure_product_rate`, in billions.
     `rss_file_huge_bytes`: what of `rss_file_bytes` is mapped in huge pages, from which weights are read faster.
     `ids_ok`: every sequence of a batch generated the ids that it gives alone (devices other than the CPU do not promise
     that). `profile`: as of `Engine.profile`, of an engine of its own: the prompts and batched decode of the largest batch
@@ -126,6 +127,7 @@ class BenchReport:
     rss_file_huge_bytes: int | None
     rss_anon_bytes: int | None
     memory_bandwidth_gb_s: float
+    product_rate_gmac_s: float | None
     runs: list[BatchReport]
     ids_ok: bool | None
     profile: dict[str, Any] | None
@@ -168,13 +170,14 @@ def benchmark(
         warm_up(llm, prompts)
         expected = _single_runs(llm, params, prompts, tell) if llm.engine.device.startswith("cpu") else None
         rounds, memory, bandwidth = _measure(llm, params, prompts, expected, tell)
+        products = llm.engine.measure_product_rate()
         runs = [_batch_report(llm, params, batch, rounds[batch], median(bandwidth), expected is not None) for batch in params.batch]
         device, threads, load_s = llm.engine.device, llm.options["threads"], llm.load_s
     tell("measuring the time to the first token")
     first_token_s = _first_token_s(resolved, first_prompt, params.repeat)
     return BenchReport(
         model=resolved.model, device=device, threads=threads, load_s=load_s, first_token_s=first_token_s, **memory,
-        memory_bandwidth_gb_s=median(bandwidth) / 1e9, runs=runs, ids_ok=None if expected is None else all(run.ids_ok for run in runs),
+        memory_bandwidth_gb_s=median(bandwidth) / 1e9, product_rate_gmac_s=products and products / 1e9, runs=runs, ids_ok=None if expected is None else all(run.ids_ok for run in runs),
         profile=_profile(resolved, params, prompts, tell) if resolved.options.profile else None,
     )
 

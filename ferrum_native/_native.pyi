@@ -209,6 +209,9 @@ class Engine:
         ends it, and other calls, also of `progress`, come in between two pieces."""
     def resident_fraction(self) -> float:
         """Share of the mapped weights that is in the page cache, from a sample; 1.0 where the system does not say."""
+    def measure_product_rate(self) -> float | None:
+        """Multiply-accumulates a second of products of many activations with Q4_K weights that lie in the cache, with all threads, measured now in
+        a tenth of a second: what bounds the products of a step that memory does not. None where it is not known: only the CPU measures it."""
     def measure_bandwidth(self) -> float:
         """Bytes a second that the device reads from memory with all its threads, measured now, in about half a second, over a buffer of at
         most 512 MiB and a quarter of the available memory."""

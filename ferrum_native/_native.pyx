@@ -781,6 +781,16 @@ cdef class Engine:
                 rate = native.read_bandwidth(most)
             return rate
 
+    def measure_product_rate(self):
+        """Multiply-accumulates a second of products with Q4_K weights in the cache, measured now; None where that is not known."""
+        cdef NativeEngine* native
+        cdef double rate
+        with self.lock:
+            native = self.open()
+            with nogil:
+                rate = native.product_rate()
+            return rate or None
+
     def profile(self):
         """What steps and ops cost since the engine was made or `reset_profile`; None without the option `profile`."""
         cdef Profile* profile

@@ -249,3 +249,4 @@ cdef extern from "core/engine.h" namespace "ferrum" nogil:
         Profile* profile()
         const DeviceCounters* counters()
         double read_bandwidth(size_t) except +raise_current_error
+        double product_rate() except +raise_current_error

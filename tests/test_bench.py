@@ -20,7 +20,7 @@ from ferrum.step_bytes import decode_step_bytes, distinct_experts
 from ferrum.timed_runs import alone, decode, keeping, random_prompts, read_prompts
 
 SMALL = ["--prompt-tokens", "20", "--gen-tokens", "5", "--repeat", "1", "--threads", "1"]
-KEYS = ["model", "device", "threads", "load_s", "first_token_s", "peak_rss_bytes", "rss_file_bytes", "rss_file_huge_bytes", "rss_anon_bytes", "memory_bandwidth_gb_s",
+KEYS = ["model", "device", "threads", "load_s", "first_token_s", "peak_rss_bytes", "rss_file_bytes", "rss_file_huge_bytes", "rss_anon_bytes", "memory_bandwidth_gb_s", "product_rate_gmac_s",
         "runs", "ids_ok", "profile"]
 
 
@@ -50,7 +50,7 @@ def test_json_has_every_figure_and_nothing_else(capsys):
     assert list(report) == KEYS
     assert (report["model"], report["threads"], report["ids_ok"], report["profile"]) == (DEFAULT_MODEL, 1, True, None)
     assert report["device"].startswith("cpu")
-    for name in ("load_s", "first_token_s", "memory_bandwidth_gb_s"):
+    for name in ("load_s", "first_token_s", "memory_bandwidth_gb_s", "product_rate_gmac_s"):
         assert report[name] > 0
     if sys.platform == "linux":
         assert 0 < report["rss_anon_bytes"] < report["peak_rss_bytes"]
@@ -202,11 +202,12 @@ def test_profile_lines_tell_shares_and_rates():
         "top_candidates": {"calls": 2, "seconds": 1.0, "bytes": 10**9, "macs": 0},
     }
     profile = {"phases": {"decode": {"steps": 2, "tokens": 2, "seconds": 1.0, "ops": ops}}}
-    title, _, *rows = profile_lines(profile, 2e10)
+    title, _, *rows = profile_lines(profile, 2e10, 8e10)
     assert title == "decode: 2 steps, 2 tokens, 2 s, 1.0 tokens/s"
     assert rows[0].split() == ["top_candidates", "2", "1000.0", "50.0%", "953.7", "MiB", "1.0", "5.0%"]
-    assert rows[1].split() == ["head", "2", "500.0", "25.0%", "4.7", "GiB", "10.0", "50.0%", "20.0"]
+    assert rows[1].split() == ["head", "2", "500.0", "25.0%", "4.7", "GiB", "10.0", "50.0%", "20.0", "25.0%"]
     assert rows[2].split() == ["norm", "4", "250.0", "12.5%"]
+    assert profile_lines(profile, 2e10, None)[3].split() == rows[1].split()[:-1]
     assert rows[3].split() == ["outside", "the", "ops", "250.0", "12.5%"]
-    assert profile_lines(profile, None)[2].split() == rows[0].split()[:-1]
-    assert profile_lines({"phases": {}}, None) == ["no step was profiled"]
+    assert profile_lines(profile, None, None)[2].split() == rows[0].split()[:-1]
+    assert profile_lines({"phases": {}}, None, None) == ["no step was profiled"]

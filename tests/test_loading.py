@@ -81,7 +81,7 @@ def test_ctrl_c_ends_it_between_two_pieces(engine):
 def test_an_engine_closed_on_the_way_says_so(engine):
     with pytest.raises(EngineClosed):
         engine.populate(lambda done, total: engine.close())
-    for call in (engine.populate, engine.resident_fraction, engine.measure_bandwidth, engine.profile, engine.reset_profile):
+    for call in (engine.populate, engine.resident_fraction, engine.measure_bandwidth, engine.measure_product_rate, engine.profile, engine.reset_profile):
         with pytest.raises(EngineClosed):
             call()
 
@@ -96,5 +96,6 @@ def test_the_bandwidth_of_memory_is_a_rate(engine):
     logits = engine.prefill(0, [1, 2, 3]).copy()
     rate = engine.measure_bandwidth()
     assert 1e8 < rate < 1e14
+    assert 1e7 < engine.measure_product_rate() < 1e15
     engine.release(0)
     assert engine.prefill(0, [1, 2, 3]).copy().tobytes() == logits.tobytes()

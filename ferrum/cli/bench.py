@@ -70,7 +70,7 @@ def _show(report: BenchReport, params: BenchParams) -> None:
         print(_row(run))
     print(f"\n{_legend(report)}")
     if report.profile:
-        for line in ["", *profile_lines(report.profile, report.memory_bandwidth_gb_s * 1e9)]:
+        for line in ["", *profile_lines(report.profile, report.memory_bandwidth_gb_s * 1e9, report.product_rate_gmac_s and report.product_rate_gmac_s * 1e9)]:
             print(line)
 
 
@@ -86,6 +86,7 @@ def _about(report: BenchReport) -> list[tuple[str, str]]:
         ("memory", f"{''.join(parts)}peak {size(report.peak_rss_bytes)}"),
         *([] if report.rss_file_huge_bytes is None else [("pages", f"{_huge_share(report):.0%} of those of files are huge")]),
         ("bandwidth", f"{report.memory_bandwidth_gb_s:.1f} GB/s, measured between the rounds"),
+        *([] if report.product_rate_gmac_s is None else [("products", f"{report.product_rate_gmac_s:.0f} GMAC/s with Q4_K weights in the cache")]),
     ]
 
 

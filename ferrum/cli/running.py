@@ -72,7 +72,7 @@ def ending(completion: CompletionOutput) -> str:
 def note_profile(llm: LLM) -> None:
     """What the ops of all steps cost, where that was asked for."""
     if profile := llm.profile():
-        note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth())))
+        note("\n".join(profile_lines(profile, llm.engine.measure_bandwidth(), llm.engine.measure_product_rate())))
 
 
 def log_to_stderr(verbose: bool = False) -> None:

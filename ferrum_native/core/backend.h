@@ -181,6 +181,8 @@ class Backend {
   virtual void read_routing(const Routing&, const RoutingContents& out) = 0;
   /// Bytes a second that the device reads from its memory with all it has, measured now over a fresh buffer of at most `most_bytes`.
   virtual double read_bandwidth(size_t most_bytes) = 0;
+  /// Multiply-accumulates a second of products with Q4_K weights that lie in the cache, with all it has, measured now; 0 where that is not known.
+  virtual double product_rate() { return 0; }
   /// What a profiling decorator has counted, for its reader to look at and reset; null where there is none.
   virtual Profile* profile() { return nullptr; }
   /// Null where the backend has no device that is asked for anything.

@@ -56,6 +56,7 @@ class ComparingBackend final : public Backend {
   void read_activation(const Activation&, int rows, float* out) override;
   void read_routing(const Routing&, const RoutingContents& out) override;
   double read_bandwidth(size_t most_bytes) override { return subject_->read_bandwidth(most_bytes); }
+  double product_rate() override { return subject_->product_rate(); }
   const DeviceCounters* counters() const override { return subject_->counters(); }
 
  private:

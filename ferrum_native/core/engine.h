@@ -78,6 +78,7 @@ class Engine {
   /// Null where the device counts nothing.
   const DeviceCounters* counters() const { return backend_->counters(); }
   double read_bandwidth(size_t most_bytes) { return backend_->read_bandwidth(most_bytes); }
+  double product_rate() { return backend_->product_rate(); }
 
  private:
   void check(std::span<const Chunk> chunks) const;

@@ -48,6 +48,7 @@ class ForwardingBackend : public Backend {
   void read_activation(const Activation& x, int rows, float* out) override { inner_->read_activation(x, rows, out); }
   void read_routing(const Routing& routing, const RoutingContents& out) override { inner_->read_routing(routing, out); }
   double read_bandwidth(size_t most_bytes) override { return inner_->read_bandwidth(most_bytes); }
+  double product_rate() override { return inner_->product_rate(); }
   Profile* profile() override { return inner_->profile(); }
   const DeviceCounters* counters() const override { return inner_->counters(); }
 

@@ -13,6 +13,8 @@ constexpr size_t most_measured = 512 << 20;  // far beyond any cache
 constexpr size_t task_bytes = 1 << 20;       // small against the whole, so that a thread that is held up does not decide
 constexpr double measured_seconds = 0.25;
 constexpr int least_passes = 3;
+constexpr int product_rows = 64, product_cols = 2048, product_columns = 64;  // of a task of products: some 200 KB
+constexpr double product_seconds = 0.1;
 
 using Words = uint64_t __attribute__((vector_size(16)));  // a vector register on every machine
 
@@ -46,6 +48,32 @@ double CpuBackend::read_bandwidth(size_t most_bytes) {
     const Clock::time_point begin = Clock::now();
     pool_.run(tasks, [&](int task, int) { sums[static_cast<size_t>(task)] += sum_words(piece(task), task_bytes); });
     best = std::max(best, static_cast<double>(buffer.bytes()) / std::chrono::duration<double>(Clock::now() - begin).count());
+  }
+  return best;
+}
+
+double CpuBackend::product_rate() {
+  using Clock = std::chrono::steady_clock;
+  const size_t threads = static_cast<size_t>(pool_.threads()), scratch_bytes = kernels_.dot_scratch_bytes(product_cols);
+  const int index = weight_type_index(static_cast<int>(WeightType::Q4_K));
+  const size_t row_bytes = ferrum::row_bytes(WeightType::Q4_K, product_cols);
+  const CpuActivation activation(product_columns, product_cols, false, !options_.float_activations);  // zeros, which take as long as any numbers
+  std::vector<Column> columns;
+  for (int c = 0; c < product_columns; ++c) columns.push_back(activation.column(c));
+  CpuBuffer weights(threads * product_rows * row_bytes), scratch(threads * scratch_bytes), products(threads * product_columns * product_rows * sizeof(float));
+  const int tasks = 16 * pool_.threads();
+  double best = 0;
+  const Clock::time_point start = Clock::now();
+  for (int pass = 0; pass < least_passes || std::chrono::duration<double>(Clock::now() - start).count() < product_seconds; ++pass) {
+    const Clock::time_point begin = Clock::now();
+    pool_.run(tasks, [&](int, int thread) {
+      const auto t = static_cast<size_t>(thread);
+      float* out[product_columns];
+      for (size_t c = 0; c < product_columns; ++c) out[c] = reinterpret_cast<float*>(products.host()) + (t * product_columns + c) * product_rows;
+      (options_.float_activations ? kernels_.dot_float : kernels_.dot)[index]({.weights = weights.host() + t * product_rows * row_bytes, .row_bytes = row_bytes, .rows = product_rows,
+          .k = product_cols, .columns = columns.data(), .column_count = product_columns, .out = out, .scratch = scratch.host() + t * scratch_bytes});
+    });
+    best = std::max(best, static_cast<double>(tasks) * product_rows * product_cols * product_columns / std::chrono::duration<double>(Clock::now() - begin).count());
   }
   return best;
 }

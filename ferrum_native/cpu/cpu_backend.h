@@ -113,6 +113,7 @@ class CpuBackend final : public Backend {
   void read_activation(const Activation&, int rows, float* out) override;
   void read_routing(const Routing&, const RoutingContents& out) override;
   double read_bandwidth(size_t most_bytes) override;
+  double product_rate() override;
 
  private:
   /// One thread's own memory; sizes by the step's limits.
