@@ -90,8 +90,9 @@ def _about(report: BenchReport) -> list[tuple[str, str]]:
     ]
 
 
-_SMALL_PAGES = ("The model file is cached in small pages, which costs decode about a tenth. Forget them\n"
-                "(dd of=MODEL.gguf oflag=nocache conv=notrunc,fdatasync count=0) to read it anew.\n")
+_SMALL_PAGES = ("The model file is cached in small pages, which costs decode 5 to 10%. If it fits\n"
+                "into memory and the kernel has huge pages for files, forget it to read it anew:\n"
+                "dd of=MODEL.gguf oflag=nocache conv=notrunc,fdatasync count=0\n")
 
 
 def _huge_share(report: BenchReport) -> float:

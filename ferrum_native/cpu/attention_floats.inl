@@ -3,7 +3,7 @@
 /// How many blocks of 16 keys become weights together; of a kind of keys and values.
 template <class Element> constexpr int blocks_together = 4;
 
-/// Some blocks of a sequence, those after them, whose memory is to be fetched, and the keys that are visible.
+/// Some blocks of a sequence, and those after them, whose memory is to be fetched.
 template <class Element> struct Blocks {
   const Element *keys[blocks_together<Element>], *values[blocks_together<Element>];
   const std::byte *next_keys[blocks_together<Element>], *next_values[blocks_together<Element>];
